@@ -1,0 +1,1 @@
+"""REFRACTOR: a training stack for mixture-of-experts language models."""

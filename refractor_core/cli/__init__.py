@@ -1,0 +1,1 @@
+"""The refractor command, one file per subcommand, no logic of its own."""

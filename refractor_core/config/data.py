@@ -1,0 +1,137 @@
+"""Documents, the dataset made of them, and the order in which training sees it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from refractor_core.config.section import Section
+
+
+class PythonStdlibSource(Section):
+    """The running interpreter's own library. Needs no download."""
+
+    kind: Literal["python_stdlib"]
+    """This source's kind."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Unique name; provenance and metrics carry it."""
+    domain: Literal["code", "prose", "license"]
+    """Which part: modules, the prose of the language reference and docstrings, or licence files."""
+
+
+class TextSource(Section):
+    """Plain text files, one document each."""
+
+    kind: Literal["text"]
+    """This source's kind."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Unique name; provenance and metrics carry it."""
+    path: str
+    """Glob of files, relative to the working directory; .gz and .zst are unpacked."""
+    domain: str = "text"
+    """Domain that held-out evaluation reports by."""
+    license: str = "unknown"
+    """Licence of every document."""
+
+
+class JsonlSource(Section):
+    """Files with one JSON object per line, one document each."""
+
+    kind: Literal["jsonl"]
+    """This source's kind."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Unique name; provenance and metrics carry it."""
+    path: str
+    """Glob of files, relative to the working directory; .gz and .zst are unpacked."""
+    domain: str = "text"
+    """Domain that held-out evaluation reports by."""
+    text_key: str = "text"
+    """Key of the text in each object."""
+    license: str = "unknown"
+    """Licence of a document whose object has no ``license_key``."""
+    license_key: str = "license"
+    """Key of the licence in each object."""
+
+
+SourceConfig = Annotated[PythonStdlibSource | TextSource | JsonlSource, Field(discriminator="kind")]
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE: trained on the corpus, or given."""
+
+    kind: Literal["train_bpe", "file"] = "train_bpe"
+    """Train on the kept documents to ``model.vocab_size`` tokens, or read a Hugging Face ``tokenizer.json``."""
+    path: str | None = None
+    """The ``tokenizer.json``, relative to the working directory; giving it implies ``kind: file``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_implies_file(cls, value: object) -> object:
+        return {"kind": "file", **value} if isinstance(value, dict) and value.get("path") else value
+
+
+class FilterConfig(Section):
+    """Heuristics that a document must pass (after Gopher, arXiv 2112.11446, appendix A). Every removal leaves an audit row."""
+
+    min_characters: NonNegativeInt = 200
+    """Shorter documents are dropped."""
+    max_characters: PositiveInt = 10_000_000
+    """Longer documents are dropped."""
+    max_repeated_line_share: float = Field(0.6, ge=0, le=1)
+    """Largest share of characters in lines that occur more than once."""
+    min_printable_share: float = Field(0.95, ge=0, le=1)
+    """Smallest share of printable characters and white space."""
+
+
+class DeduplicationConfig(Section):
+    """Near-duplicate removal by MinHash and LSH (datasketch)."""
+
+    enabled: bool = True
+    """False keeps near-duplicates; exact duplicates always go."""
+    threshold: float = Field(0.8, gt=0, le=1)
+    """Pairs whose word 5-grams have at least this exact Jaccard similarity are duplicates."""
+    bands: PositiveInt = 20
+    """LSH bands."""
+    rows: PositiveInt = 6
+    """Permutations per band; bands · rows permutations in all."""
+
+
+class MixtureConfig(Section):
+    """Shares of the sources in training."""
+
+    temperature: PositiveFloat = 1.0
+    """Share of a source with n tokens ∝ n^(1/temperature): 1 is proportional, large is uniform."""
+
+
+class DataConfig(Section):
+    """Documents to dataset."""
+
+    dir: str
+    """Where ``refractor data build`` puts the dataset and training finds it."""
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where documents come from, in order of priority: of two duplicates the earlier source's copy stays."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Text to tokens."""
+    filters: FilterConfig = FilterConfig()
+    """What a document must satisfy."""
+    deduplication: DeduplicationConfig = DeduplicationConfig()
+    """Removal of near-duplicates."""
+    mixture: MixtureConfig = MixtureConfig()
+    """Shares of the sources."""
+    heldout_share: float = Field(0.02, gt=0, lt=0.5)
+    """Share of the documents, chosen by hash, that training never sees and evaluation reads."""
+
+
+class StageConfig(Section):
+    """A stretch of training at one context length."""
+
+    until_step: PositiveInt
+    """First step that is no longer in this stage."""
+    sequence_length: PositiveInt
+    """Tokens per sequence."""
+
+
+class CurriculumConfig(Section):
+    """Context lengths over the course of training."""
+
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """In order; the last one ends at ``run.steps`` or later."""

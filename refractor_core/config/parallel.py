@@ -1,0 +1,45 @@
+"""How the run is spread over ranks, and what a step is made of."""
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from refractor_core.config.section import Section
+
+
+class ParallelConfig(Section):
+    """Degrees of the two grids that fold over the same ranks.
+
+    dense grid: pipeline × data_replicate × data_shard × context × tensor = ranks;
+    expert grid: pipeline × expert_data × expert × expert_tensor = ranks.
+    """
+
+    tensor: PositiveInt = 1
+    """Ranks that share each attention and dense layer's weights."""
+    sequence: bool = False
+    """Splits the residual stream over the tensor ranks between layers."""
+    expert: PositiveInt = 1
+    """Ranks that share the experts of a layer."""
+    expert_tensor: PositiveInt = 1
+    """Ranks that share each expert's weights."""
+    pipeline: PositiveInt = 1
+    """Stages that the layers are cut into."""
+    virtual_pipeline: PositiveInt = 1
+    """Stages per pipeline rank."""
+    context: PositiveInt = 1
+    """Ranks that share each sequence."""
+    data_shard: PositiveInt | Literal["auto"] = "auto"
+    """Data-parallel ranks that share optimizer state; auto takes what is left of the world."""
+    data_replicate: PositiveInt = 1
+    """Copies of the sharded group."""
+
+
+class BatchConfig(Section):
+    """One optimizer step's sequences, and how they are cut to fit memory."""
+
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_size: PositiveInt
+    """Sequences per forward and backward pass on one rank."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recomputes in the backward pass: nothing; attention and experts' insides; or every layer."""

@@ -1,0 +1,73 @@
+"""The whole run as one document."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from refractor_core.config.data import CurriculumConfig, DataConfig
+from refractor_core.config.model import ModelConfig
+from refractor_core.config.operations import EvaluationConfig, FaultsConfig, TelemetryConfig
+from refractor_core.config.parallel import BatchConfig, ParallelConfig
+from refractor_core.config.section import Section
+from refractor_core.config.training import (
+    CheckpointConfig,
+    ObjectivesConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    StabilityConfig,
+)
+
+
+class RunSection(Section):
+    """What this run is."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name in reports, metrics and job queues."""
+    dir: str
+    """Directory of everything the run leaves; training resumes from it by itself."""
+    seed: NonNegativeInt = 1234
+    """Seed of initial weights and data order."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+    threads: PositiveInt | None = None
+    """CPU threads per rank; null: the machine's cores over the ranks on it."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    run: RunSection
+    """What this run is."""
+    model: ModelConfig
+    """The decoder."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is spread over ranks."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """Backend of ``refractor_kernels``: the best for device and shape, or the PyTorch references."""
+    batch: BatchConfig
+    """One optimizer step."""
+    data: DataConfig
+    """Documents to dataset."""
+    curriculum: CurriculumConfig
+    """Context lengths over the course of training."""
+    optimizer: OptimizerConfig
+    """The update rule."""
+    schedule: ScheduleConfig
+    """The learning rate over the course of training."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    """Losses beside the language model's."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is saved when."""
+    stability: StabilityConfig = StabilityConfig()
+    """What training does about bad steps."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """What a running job tells."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The built-in suite."""
+    faults: FaultsConfig = FaultsConfig()
+    """Faults to plant."""

@@ -1,0 +1,1 @@
+"""Suites on held-out data, gate, report."""

@@ -1,0 +1,1 @@
+"""The REFRACTOR decoder, and import and export of Hugging Face checkpoints."""

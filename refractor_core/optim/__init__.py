@@ -1,0 +1,1 @@
+"""Update rules, learning-rate schedule, precision, clipping, moving average."""

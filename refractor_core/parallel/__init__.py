@@ -1,0 +1,1 @@
+"""Layout of the ranks, meshes, sharded parameters, gradient reduction."""

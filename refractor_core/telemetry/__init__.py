@@ -1,0 +1,1 @@
+"""What a running job tells: catalogue of metrics, exporter, records, progress."""
