@@ -1,0 +1,110 @@
+"""Data parallelism with plain parameters: contiguous main gradients in float32 at least, reduced in buckets behind the backward pass.
+
+Each parameter's ``main_grad`` is a view into one buffer per bucket. A micro batch's gradient is added to it the moment autograd has it, and the
+bucket's all-reduce starts once its last parameter has its last gradient, while the backward pass goes on.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from refractor_core.parallel.mesh import Axis
+
+_BUCKET_BYTES = 32 << 20
+
+
+@dataclass
+class _Bucket:
+    buffer: Tensor
+    parameters: list[nn.Parameter]
+    pending: int = 0
+    work: dist.Work | None = None
+
+
+class GradientBuffers:
+    """Owns the main gradients of some parameters and sums them over an axis.
+
+    Args:
+        parameters: in model order; buckets are filled from the last one, whose gradient comes first.
+        axis: the ranks that share the parameters' gradients.
+
+    Losses are divided by *global* counts, so the reduction is a plain sum and does not depend on how the batch is split.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis):
+        self.axis = axis
+        self._buckets: list[_Bucket] = []
+        self._fresh: set[nn.Parameter] = set()
+        self._last = False
+        self._fill_buckets([p for p in parameters if p.requires_grad][::-1])
+
+    def _fill_buckets(self, parameters: list[nn.Parameter]) -> None:
+        group: list[nn.Parameter] = []
+        size = 0
+        for i, p in enumerate(parameters):
+            width = main_dtype(p.dtype).itemsize
+            group.append(p)
+            size += p.numel() * width
+            following = parameters[i + 1] if i + 1 < len(parameters) else None
+            if following is None or size >= _BUCKET_BYTES or main_dtype(following.dtype) != main_dtype(p.dtype):
+                self._buckets.append(self._bucket(group))
+                group, size = [], 0
+
+    def _bucket(self, parameters: list[nn.Parameter]) -> _Bucket:
+        first = parameters[0]
+        buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=main_dtype(first.dtype), device=first.device)
+        bucket = _Bucket(buffer, parameters)
+        for p, view in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+            p.main_grad = view.view(p.shape)
+            p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._accumulate(p, bucket))
+        return bucket
+
+    def _accumulate(self, p: nn.Parameter, bucket: _Bucket) -> None:
+        if p in self._fresh:
+            p.main_grad.copy_(p.grad)
+            self._fresh.discard(p)
+        else:
+            p.main_grad.add_(p.grad)
+        p.grad = None
+        if self._last:
+            bucket.pending -= 1
+            if bucket.pending == 0:
+                self._reduce(bucket)
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        if self.axis.size > 1:
+            bucket.work = dist.all_reduce(bucket.buffer, group=self.axis.group, async_op=True)
+
+    def begin(self) -> None:
+        """Starts a step: the next gradient of each parameter replaces what is there."""
+        self._fresh = {p for bucket in self._buckets for p in bucket.parameters}
+        self._last = False
+
+    def last_micro_batch(self) -> None:
+        """The next backward pass is the step's last one: buckets are reduced as they fill."""
+        self._last = True
+        for bucket in self._buckets:
+            bucket.pending = len(bucket.parameters)
+
+    def finish(self) -> list[Tensor]:
+        """Waits for the sums and returns the buffers. Parameters that had no gradient this step have zero."""
+        for p in self._fresh:
+            p.main_grad.zero_()
+        self._fresh = set()
+        for bucket in self._buckets:
+            if bucket.pending:  # a parameter took no part in the last backward pass, so the hook could not start the reduction
+                bucket.pending = 0
+                self._reduce(bucket)
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+        return [bucket.buffer for bucket in self._buckets]
+
+
+def main_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Format of main gradients and master weights for parameters of this format: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
