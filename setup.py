@@ -1,0 +1,43 @@
+"""The distribution `refractor`: the training stack (refractor_core) and its kernels (refractor_kernels)."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.11",
+    "numpy<2.4",  # triton 3.6's interpreter fails on runtime loop bounds with numpy 2.4
+    "pyyaml",
+    "pydantic>=2",
+    "safetensors",
+    "tokenizers",
+    "datasketch",
+    "pyarrow",
+    "matplotlib",
+    "jinja2",
+    "prometheus-client",
+    "tqdm",
+    "xxhash",
+]
+# "apex" is missing on purpose: the one on PyPI is a web toolkit of 2013. NVIDIA's is optional, installed from its own source,
+# and found by its attributes, never by its name alone.
+EXTRAS_REQUIRE = {
+    "test": ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "import-linter", "transformers", "sympy", "scipy"],
+    "deepspeed": ["deepspeed"],
+    "ray": ["ray"],
+    "kenlm": ["kenlm"],
+    "eval": ["lm-eval"],
+}
+
+setup(
+    name="refractor",
+    version="0.1.0",
+    description="A training stack for mixture-of-experts language models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["refractor_core", "refractor_core.*"]), *find_packages("kernels", include=["refractor_kernels*"])],
+    # Nested, because a package named "kernels" exists on PyPI: the folder is on no path by that name.
+    package_dir={"refractor_kernels": "kernels/refractor_kernels"},
+    package_data={"": ["*.html.j2", "*.json", "*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["refractor=refractor_core.cli.main:main"]},
+)
