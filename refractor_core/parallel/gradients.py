@@ -1,10 +1,10 @@
 """Data parallelism with plain parameters: contiguous main gradients in float32 at least, reduced in buckets behind the backward pass.
 
-Each parameter's ``main_grad`` is a view into one buffer per bucket. A micro batch's gradient is added to it the moment autograd has it, and the
-bucket's all-reduce starts once its last parameter has its last gradient, while the backward pass goes on.
+Each parameter's ``main_grad`` is a view into one buffer per bucket. A micro batch's gradient is added to it the moment autograd
+has it, and the bucket's all-reduce starts once its last parameter has its last gradient, while the backward pass goes on.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ class _Bucket:
     buffer: Tensor
     parameters: list[nn.Parameter]
     pending: int = 0
+    launched: bool = False
     work: dist.Work | None = None
 
 
@@ -71,12 +72,18 @@ class GradientBuffers:
         p.grad = None
         if self._last:
             bucket.pending -= 1
-            if bucket.pending == 0:
-                self._reduce(bucket)
+            self._launch(lambda waiting: waiting.pending == 0)
 
-    def _reduce(self, bucket: _Bucket) -> None:
-        if self.axis.size > 1:
-            bucket.work = dist.all_reduce(bucket.buffer, group=self.axis.group, async_op=True)
+    def _launch(self, is_ready: Callable[[_Bucket], bool]) -> None:
+        """Starts reductions in bucket order and no other, so that ranks can never pair different buckets."""
+        for bucket in self._buckets:
+            if bucket.launched:
+                continue
+            if not is_ready(bucket):
+                return
+            bucket.launched = True
+            if self.axis.size > 1:
+                bucket.work = dist.all_reduce(bucket.buffer, group=self.axis.group, async_op=True)
 
     def begin(self) -> None:
         """Starts a step: the next gradient of each parameter replaces what is there."""
@@ -87,17 +94,14 @@ class GradientBuffers:
         """The next backward pass is the step's last one: buckets are reduced as they fill."""
         self._last = True
         for bucket in self._buckets:
-            bucket.pending = len(bucket.parameters)
+            bucket.pending, bucket.launched = len(bucket.parameters), False
 
     def finish(self) -> list[Tensor]:
         """Waits for the sums and returns the buffers. Parameters that had no gradient this step have zero."""
         for p in self._fresh:
             p.main_grad.zero_()
         self._fresh = set()
-        for bucket in self._buckets:
-            if bucket.pending:  # a parameter took no part in the last backward pass, so the hook could not start the reduction
-                bucket.pending = 0
-                self._reduce(bucket)
+        self._launch(lambda waiting: True)  # those with a parameter that took no part in the last backward pass
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()

@@ -1,7 +1,7 @@
 """A parameter knows its global shape: the one source for initialisation, norms, gradient comparison and checkpoints.
 
-``ShardSpec`` says which axes split which dimensions of a tensor and in which order, and which fused sub-blocks (gate and up, or queries, keys and
-values) a split must cut one by one. Every rank can then name the global index of each element it holds.
+``ShardSpec`` says which axes split which dimensions of a tensor and in which order, and which fused sub-blocks (gate and up, or
+queries, keys and values) a split must cut one by one. Every rank can then name the global index of each element it holds.
 """
 
 import hashlib
@@ -46,7 +46,8 @@ class ShardSpec:
             for size in self.blocks.get(dim, (self.global_shape[dim],)):
                 if size % self._degree(dim):
                     names = " × ".join(f"{axis.name}={axis.size}" for axis in axes)
-                    raise ValueError(f"dimension {dim} of shape {self.global_shape} has a block of {size}, which does not divide over {names}")
+                    where = f"dimension {dim} of shape {self.global_shape}"
+                    raise ValueError(f"{where} has a block of {size}, which does not divide over {names}")
 
     def _degree(self, dim: int) -> int:
         return math.prod(axis.size for axis in self.splits.get(dim, ()))
