@@ -18,7 +18,8 @@ class Problem:
 
     def __str__(self) -> str:
         at = f"{self.where}: " if self.where else ""
-        return f"{at}{self.key} = {self.value!r}: {self.expected}"
+        shown = repr(self.value)
+        return f"{at}{self.key} = {shown if len(shown) <= 120 else shown[:119] + '…'}: {self.expected}"
 
 
 class ConfigError(ValueError):

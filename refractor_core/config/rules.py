@@ -1,0 +1,223 @@
+"""Rules that hold between keys of a run's document, whatever section they stand in.
+
+A rule is a small generator of problems. It reads the keys it needs; when the schema has refused one of them, the rule is silent, because
+that mistake is already reported.
+"""
+
+from collections.abc import Callable, Iterator
+
+from refractor_core.config.errors import Problem
+from refractor_core.config.run import RunConfig
+
+Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
+
+BYTES_AND_END = 257
+"""A byte-level vocabulary holds every byte and the end of a document."""
+
+
+def check(config: RunConfig, world_size: int | None = None, partial: bool = False) -> list[Problem]:
+    """Every mistake across sections.
+
+    Args:
+        config: the run.
+        world_size: number of ranks, if known.
+        partial: ``config`` lacks the fields that the schema refused; rules that read one stop there.
+    """
+    problems: list[Problem] = []
+    for rule in RULES:
+        try:
+            problems.extend(rule(config, world_size))
+        except AttributeError:
+            if not partial:
+                raise
+    return problems
+
+
+def head_width(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    model = config.model
+    if model.attention.kind != "gqa":
+        return
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        expected = f"must divide model.hidden_size = {model.hidden_size}; change one of them or set model.head_dim"
+        yield Problem("model.num_heads", model.num_heads, expected)
+        return
+    width = model.head_dim or model.hidden_size // model.num_heads
+    if width % 2:
+        expected = "rotary positions need an even head width"
+        if model.head_dim is None:
+            expected = f"gives heads of width {width}; {expected}"
+        yield Problem("model.head_dim" if model.head_dim else "model.num_heads", model.head_dim or model.num_heads, expected)
+
+
+def kv_heads(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    model = config.model
+    if model.attention.kind == "gqa" and model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield Problem("model.num_kv_heads", model.num_kv_heads, f"must divide model.num_heads = {model.num_heads}")
+
+
+def latent_attention(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    attention = config.model.attention
+    if attention.kind != "mla":
+        return
+    if attention.qk_norm != "none":
+        yield Problem("model.attention.qk_norm", attention.qk_norm, "latent attention norms its latents instead; write none, or kind: gqa")
+    if attention.qkv_clip is not None:
+        yield Problem("model.attention.qkv_clip", attention.qkv_clip, "latent attention has no clipping; write null, or kind: gqa")
+    width = attention.latent.qk_rope_head_dim
+    if width % 2:
+        yield Problem("model.attention.latent.qk_rope_head_dim", width, "rotary positions need an even width")
+
+
+def yarn_bounds(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    scaling = config.model.rope.scaling
+    if scaling and scaling.kind == "yarn" and scaling.beta_fast <= scaling.beta_slow:
+        yield Problem("model.rope.scaling.beta_fast", scaling.beta_fast, f"must be above beta_slow = {scaling.beta_slow}")
+
+
+def experts_per_token(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    moe = config.model.moe
+    if moe and moe.top_k > moe.num_experts:
+        yield Problem("model.moe.top_k", moe.top_k, f"must be at most model.moe.num_experts = {moe.num_experts}")
+
+
+def expert_groups(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    moe = config.model.moe
+    if not moe:
+        return
+    if moe.top_groups > moe.num_groups:
+        yield Problem("model.moe.top_groups", moe.top_groups, f"must be at most model.moe.num_groups = {moe.num_groups}")
+    if moe.num_experts % moe.num_groups:
+        yield Problem("model.moe.num_groups", moe.num_groups, f"must divide model.moe.num_experts = {moe.num_experts}")
+        return
+    size = moe.num_experts // moe.num_groups
+    if moe.num_groups > 1 and size < 2:
+        yield Problem("model.moe.num_groups", moe.num_groups, "leaves one expert per group; a group's score needs two: use fewer groups")
+    allowed = size * min(moe.top_groups, moe.num_groups)
+    if allowed < moe.top_k <= moe.num_experts:
+        expected = f"must be at most the {allowed} experts of the {moe.top_groups} groups a token may use; raise model.moe.top_groups"
+        yield Problem("model.moe.top_k", moe.top_k, expected)
+
+
+def dense_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    model = config.model
+    if model.moe and model.moe.first_dense_layers > model.num_layers:
+        yield Problem("model.moe.first_dense_layers", model.moe.first_dense_layers, f"must be at most model.num_layers = {model.num_layers}")
+
+
+def only_data_parallelism(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    parallel = config.parallel
+    degrees = {
+        "tensor": parallel.tensor,
+        "expert": parallel.expert,
+        "expert_tensor": parallel.expert_tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
+    }
+    for name, degree in degrees.items():
+        if degree != 1:
+            expected = f"must be 1: only data parallelism runs in this version; {name.replace('_', ' ')} parallelism comes later"
+            yield Problem(f"parallel.{name}", degree, expected)
+    if parallel.sequence and parallel.tensor == 1:
+        yield Problem("parallel.sequence", True, "splits over the tensor ranks, of which there is one; write false")
+
+
+def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    batch, parallel = config.batch, config.parallel
+    if parallel.data_shard != "auto":
+        ranks = parallel.data_shard * parallel.data_replicate
+    else:
+        ranks = world_size or parallel.data_replicate
+    share = batch.micro_batch_size * ranks
+    if batch.global_batch_size % share:
+        nearest = max(1, round(batch.global_batch_size / share)) * share
+        expected = (
+            f"must be a multiple of micro_batch_size × data-parallel ranks = {batch.micro_batch_size} × {ranks}; "
+            f"the nearest is {nearest}"
+        )
+        yield Problem("batch.global_batch_size", batch.global_batch_size, expected)
+
+
+def curriculum_order(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    stages = config.curriculum.stages
+    for index in range(1, len(stages)):
+        before, step = stages[index - 1].until_step, stages[index].until_step
+        if step <= before:
+            yield Problem(f"curriculum.stages.{index}.until_step", step, f"must be above {before}, where the stage before it ends")
+
+
+def curriculum_covers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    stages, steps = config.curriculum.stages, config.run.steps
+    if stages[-1].until_step < steps:
+        expected = f"the last stage must reach run.steps = {steps}; raise it or add a stage"
+        yield Problem(f"curriculum.stages.{len(stages) - 1}.until_step", stages[-1].until_step, expected)
+
+
+def warmup_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    warmup, steps = config.schedule.warmup_steps, config.run.steps
+    if warmup >= steps:
+        yield Problem("schedule.warmup_steps", warmup, f"must be below run.steps = {steps}, else the peak learning rate is never reached")
+
+
+def source_names(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, source in enumerate(config.data.sources):
+        name = getattr(source, "name", None)  # absent in a source that the schema refused
+        if name is not None and first.setdefault(name, index) != index:
+            yield Problem(f"data.sources.{index}.name", name, f"is the name of data.sources.{first[name]} already; names must differ")
+
+
+def tokenizer_path(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    tokenizer = config.data.tokenizer
+    if tokenizer.kind == "file" and not tokenizer.path:
+        yield Problem("data.tokenizer.path", tokenizer.path, "kind: file needs the path of a tokenizer.json")
+    if tokenizer.kind == "train_bpe" and tokenizer.path:
+        yield Problem("data.tokenizer.path", tokenizer.path, "is not read with kind: train_bpe; remove it, or write kind: file")
+
+
+def vocabulary(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    size = config.model.vocab_size
+    if config.data.tokenizer.kind == "train_bpe" and size < BYTES_AND_END:
+        yield Problem("model.vocab_size", size, f"a trained byte-level tokenizer needs at least {BYTES_AND_END} tokens")
+
+
+def document_lengths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    filters = config.data.filters
+    if filters.min_characters > filters.max_characters:
+        expected = f"must be at most max_characters = {filters.max_characters}, else no document passes"
+        yield Problem("data.filters.min_characters", filters.min_characters, expected)
+
+
+def bands(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for name in ("load_balance", "z_loss", "regret"):
+        objective = getattr(config.objectives, name, None)  # absent if the schema refused the section
+        band = getattr(objective, "band", None)
+        if band and band[0] >= band[1]:
+            yield Problem(f"objectives.{name}.band", list(band), "expected [low, high] with low below high")
+
+
+def averaged_weights(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if config.evaluation.weights == "ema" and config.checkpoint.ema_decay is None:
+        yield Problem("evaluation.weights", "ema", "no average is kept; set checkpoint.ema_decay, such as 0.999, or write live")
+
+
+RULES: tuple[Rule, ...] = (
+    head_width,
+    kv_heads,
+    latent_attention,
+    yarn_bounds,
+    experts_per_token,
+    expert_groups,
+    dense_layers,
+    only_data_parallelism,
+    batch_division,
+    curriculum_order,
+    curriculum_covers,
+    warmup_fits,
+    source_names,
+    tokenizer_path,
+    vocabulary,
+    document_lengths,
+    bands,
+    averaged_weights,
+)
