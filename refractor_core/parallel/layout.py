@@ -72,10 +72,11 @@ class Layout:
 
     def _problems(self, auto: bool) -> list[Problem]:
         found = []
-        if math.prod(self.dense_grid.values()) != self.world_size:
-            unit = math.prod(self.dense_grid.values()) // (self.data_shard if auto else 1)
-            below, above = self.world_size // unit * unit, (self.world_size // unit + 1) * unit
-            near = f"{above}" if below == 0 or not auto and below != unit else f"{below} or {above}" if auto else f"{unit}"
+        product_of_degrees = math.prod(self.dense_grid.values())
+        if product_of_degrees != self.world_size:
+            unit = product_of_degrees // self.data_shard  # what data_shard: auto can be stretched by
+            below = self.world_size // unit * unit
+            near = str(product_of_degrees) if not auto else f"{below} or {below + unit}" if below else str(unit)
             product = " × ".join(f"{name}={size}" for name, size in self.dense_grid.items())
             expected = f"must multiply to the {self.world_size} ranks there are; start {near} ranks or change a degree"
             found.append(Problem("parallel", product, expected))

@@ -1,0 +1,59 @@
+"""Wishes from outside a running job: save and stop, or save and go on. By signal or by file, the same thing."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+
+
+class Request(IntEnum):
+    """What is wished, the stronger one larger, so that ranks agree by taking the maximum."""
+
+    NONE = 0
+    SAVE = 1
+    PAUSE = 2
+
+
+def leave(folder: Path, request: Request) -> None:
+    """Leaves a wish for the job that trains in the run directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / request.name.lower()).touch()
+
+
+class Requests:
+    """Collects wishes: SIGTERM, SIGINT and SIGUSR1 mean pause, SIGUSR2 means save; files come from ``leave``."""
+
+    _SIGNALS = {signal.SIGTERM: Request.PAUSE, signal.SIGINT: Request.PAUSE, signal.SIGUSR1: Request.PAUSE, signal.SIGUSR2: Request.SAVE}
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._signalled = Request.NONE
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals while it lasts."""
+        before = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signalled = max(self._signalled, self._SIGNALS[signal.Signals(number)])
+
+    def pending(self, read_files: bool) -> Request:
+        """The strongest wish so far; files are looked at on one rank only."""
+        found = self._signalled
+        if read_files:
+            found = max([found, *(r for r in (Request.SAVE, Request.PAUSE) if (self._folder / r.name.lower()).exists())])
+        return found
+
+    def done(self, request: Request) -> None:
+        """Forgets a wish that was granted, and any weaker one."""
+        if self._signalled <= request:
+            self._signalled = Request.NONE
+        for weaker in (Request.SAVE, Request.PAUSE):
+            if weaker <= request:
+                (self._folder / weaker.name.lower()).unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""What one rank runs on: its place in the world, its device, its mesh."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from refractor_core.config import ConfigError, Problem, RunConfig
+from refractor_core.parallel.layout import Layout
+from refractor_core.parallel.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where torchrun or Slurm put this process; one process alone where nobody did."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Place":
+        """Reads torchrun's variables."""
+        if "RANK" not in environment:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(environment[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank's device and mesh."""
+
+    place: Place
+    device: torch.device
+    mesh: Mesh
+
+    @property
+    def world(self) -> Axis:
+        """All ranks."""
+        return self.mesh.axis("world")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank keeps the records."""
+        return self.place.rank == 0
+
+    @classmethod
+    @contextmanager
+    def joined(cls, config: RunConfig, place: Place) -> Iterator["Runtime"]:
+        """Joins the world and leaves it again. The layout is checked before any process group exists.
+
+        Raises:
+            ConfigError: the layout does not fit the world, the batch not the layout, or the device is not there.
+        """
+        layout = check_layout(config, place.world_size)
+        device = _device(config, place)
+        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
+        if place.world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield cls(place, device, Mesh.create(layout, place.rank))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def check_layout(config: RunConfig, world_size: int) -> Layout:
+    """The layout of this many ranks.
+
+    Raises:
+        ConfigError: the degrees do not multiply to the world, or the global batch does not divide into micro batches over the data ranks.
+    """
+    layout = Layout.from_config(config.parallel, world_size)
+    batch = config.batch
+    if batch.global_batch_size % layout.data:
+        near = max(1, round(batch.global_batch_size / layout.data)) * layout.data
+        expected = f"must be a multiple of the {layout.data} data-parallel ranks; {near} is the nearest"
+        raise ConfigError([Problem("batch.global_batch_size", batch.global_batch_size, expected)])
+    if batch.global_batch_size // layout.data % batch.micro_batch_size:
+        per_rank = batch.global_batch_size // layout.data
+        fitting = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+        expected = f"must divide the {per_rank} sequences of a rank; possible are {fitting}"
+        raise ConfigError([Problem("batch.micro_batch_size", batch.micro_batch_size, expected)])
+    return layout
+
+
+def _device(config: RunConfig, place: Place) -> torch.device:
+    if config.run.device == "cpu" or config.run.device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError([Problem("run.device", "cuda", "no CUDA device is visible here; use cpu or auto, or see 'refractor doctor'")])
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
