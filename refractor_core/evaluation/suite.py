@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refractor_core.config import RunConfig
-from refractor_core.evaluation.heldout import Document, heldout_documents
+from refractor_core.data.dataset import Dataset, HeldoutDocument
+from refractor_core.evaluation.heldout import select
 from refractor_core.evaluation.routers import RouterUse
 
 LOGITS_AT_ONCE = 2**24
@@ -43,13 +44,18 @@ Row = tuple[Window, ...]
 
 
 def evaluate(
-    model: nn.Module, dataset, config: RunConfig, *, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Scores a model on held-out documents, up to ``evaluation.max_tokens`` of them, spread over the domains.
 
     Args:
         model: called as ``model(tokens_BS, cu_seqlens)``, returns ``Output``; any dtype. Left in the mode it came in.
-        dataset: ``refractor_core.data.Dataset``.
+        dataset: its held-out documents are read, and its training tokens' frequencies.
         device: where the model is.
         progress: called with (tokens done, tokens in all) after each forward pass.
 
@@ -58,11 +64,10 @@ def evaluate(
         documents, tokens, bytes, nats_per_token, perplexity, bits_per_byte, unigram_nats_per_token, unigram_bits_per_byte. The same model
         and dataset give the same result.
     """
-    documents = heldout_documents(dataset, config.evaluation.max_tokens)
     return score(
         model,
-        documents,
-        unigram_prices(dataset.unigram_counts),
+        select(dataset.heldout_documents(), config.evaluation.max_tokens),
+        unigram_prices(dataset.unigram_counts()),
         sequence_length=config.curriculum.stages[-1].sequence_length,
         batch_size=config.evaluation.batch_size,
         device=device,
@@ -78,7 +83,7 @@ def unigram_prices(counts_V: np.ndarray) -> np.ndarray:
 
 def score(
     model: nn.Module,
-    documents: Sequence[Document],
+    documents: Sequence[HeldoutDocument],
     prices_V: np.ndarray,
     *,
     sequence_length: int,
@@ -117,7 +122,7 @@ def score(
     }
 
 
-def plan_rows(documents: Sequence[Document], sequence_length: int) -> list[Row]:
+def plan_rows(documents: Sequence[HeldoutDocument], sequence_length: int) -> list[Row]:
     """Windows of all documents as rows of one domain each: first those that fill a row, then shorter ones packed, largest first."""
     full: list[Row] = []
     tails: dict[str, list[Window]] = {}
@@ -153,7 +158,7 @@ def batches(rows: Sequence[Row], sequence_length: int, batch_size: int) -> Itera
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, documents: Sequence[Document], rows: Sequence[Row], device: torch.device | str) -> tuple[np.ndarray, tuple]:
+def _forward(model: nn.Module, documents: Sequence[HeldoutDocument], rows: Sequence[Row], device: torch.device | str) -> tuple[np.ndarray, tuple]:
     """Loss of every token of the rows, in row order, float64 [T]; and the routers' statistics."""
     windows = [window for row in rows for window in row]
     pieces = [documents[w.document].tokens[w.start : w.start + w.length + 1].astype(np.int64) for w in windows]
@@ -177,7 +182,7 @@ def token_losses(hidden_BSD: Tensor, head: Callable[[Tensor], Tensor], labels_T:
     return torch.cat(parts)
 
 
-def _document_row(document: Document, nats: float, prices_V: np.ndarray) -> dict:
+def _document_row(document: HeldoutDocument, nats: float, prices_V: np.ndarray) -> dict:
     prices = prices_V[document.tokens]
     return {
         "id": document.id,

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refractor_core.evaluation.heldout import Entry, select
+from refractor_core.data.dataset import HeldoutDocument
+from refractor_core.evaluation.heldout import select
 from refractor_core.evaluation.suite import batches, plan_rows, score, unigram_prices
 from tests.evaluation.toys import EXPERTS, VOCABULARY, MeanModel, random_documents
 
@@ -111,18 +112,23 @@ def test_the_model_keeps_its_mode():
     assert model.training
 
 
-def entries(lengths, domain):
-    return [Entry(f"{domain}-{i}", "s", domain, length, 10, lambda: np.zeros(1)) for i, length in enumerate(lengths)]
+def pool_of(lengths, domain):
+    return [HeldoutDocument(f"{domain}-{i}", "s", domain, np.zeros(length), 10) for i, length in enumerate(lengths)]
 
 
 def test_tokens_are_spread_over_domains_and_what_a_small_one_leaves_goes_to_the_others():
-    pool = entries([10] * 100, "big") + entries([10] * 100, "huge") + entries([10] * 2, "small")
+    pool = pool_of([10] * 100, "big") + pool_of([10] * 100, "huge") + pool_of([10] * 2, "small")
     chosen = select(pool, 320)
-    by_domain = {name: sum(e.length for e in chosen if e.domain == name) for name in ("big", "huge", "small")}
+    by_domain = {name: sum(len(d.tokens) for d in chosen if d.domain == name) for name in ("big", "huge", "small")}
     assert by_domain == {"big": 150, "huge": 150, "small": 20}
-    assert select(pool[::-1], 320) == chosen
+    assert [d.id for d in select(pool[::-1], 320)] == [d.id for d in chosen]
 
 
 def test_too_long_documents_are_passed_over_and_a_domain_is_never_empty():
-    chosen = select(entries([1000, 5, 7], "a") + entries([500, 400], "b") + entries([1], "c"), 60)
-    assert sorted((e.domain, e.length) for e in chosen) == [("a", 5), ("a", 7), ("b", 400)]
+    chosen = select(pool_of([1000, 5, 7], "a") + pool_of([500, 400], "b") + pool_of([1], "c"), 60)
+    assert sorted((d.domain, len(d.tokens)) for d in chosen) == [("a", 5), ("a", 7), ("b", 400)]
+
+
+def test_nothing_to_score_is_said():
+    with pytest.raises(ValueError, match="data.heldout_share"):
+        select(pool_of([1], "c"), 60)

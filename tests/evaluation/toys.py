@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from refractor_core.evaluation.heldout import Document
+from refractor_core.data.dataset import HeldoutDocument
 from refractor_core.model.output import Output, RouterStatistics
 
 VOCABULARY, EXPERTS = 29, 4
@@ -41,6 +41,6 @@ class MeanModel(nn.Module):
 def random_documents(lengths, seed=0, domains=("code", "prose")):
     draw = np.random.default_rng(seed)
     return [
-        Document(f"doc{i}", f"source{i % 2}", domains[i % len(domains)], draw.integers(0, VOCABULARY, length).astype(np.uint16), 3 * length)
+        HeldoutDocument(f"doc{i}", f"source{i % 2}", domains[i % len(domains)], draw.integers(0, VOCABULARY, length).astype(np.uint16), 3 * length)
         for i, length in enumerate(lengths)
     ]
