@@ -20,7 +20,8 @@ def select(documents: Iterable[HeldoutDocument], max_tokens: int) -> list[Heldou
         if len(document.tokens) >= 2 and document.bytes > 0:
             domains.setdefault(document.domain, []).append(document)
     if not domains:
-        raise ValueError("the dataset holds out no document to score; raise data.heldout_share, then run: refractor data build CONFIG --force")
+        told = "the dataset holds out no document to score; raise data.heldout_share"
+        raise ValueError(f"{told}, then run: refractor data build CONFIG --force")
     chosen: list[HeldoutDocument] = []
     left = max_tokens
     by_size = sorted(domains, key=lambda domain: (sum(len(document.tokens) for document in domains[domain]), domain))

@@ -26,6 +26,7 @@ from refractor_core.config import RunConfig
 from refractor_core.data.dataset import Dataset, HeldoutDocument
 from refractor_core.evaluation.heldout import select
 from refractor_core.evaluation.routers import RouterUse
+from refractor_core.model.output import RouterStatistics
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the largest logits tensor."""
@@ -158,7 +159,9 @@ def batches(rows: Sequence[Row], sequence_length: int, batch_size: int) -> Itera
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, documents: Sequence[HeldoutDocument], rows: Sequence[Row], device: torch.device | str) -> tuple[np.ndarray, tuple]:
+def _forward(
+    model: nn.Module, documents: Sequence[HeldoutDocument], rows: Sequence[Row], device: torch.device | str
+) -> tuple[np.ndarray, tuple[RouterStatistics, ...]]:
     """Loss of every token of the rows, in row order, float64 [T]; and the routers' statistics."""
     windows = [window for row in rows for window in row]
     pieces = [documents[w.document].tokens[w.start : w.start + w.length + 1].astype(np.int64) for w in windows]

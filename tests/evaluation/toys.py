@@ -40,7 +40,5 @@ class MeanModel(nn.Module):
 
 def random_documents(lengths, seed=0, domains=("code", "prose")):
     draw = np.random.default_rng(seed)
-    return [
-        HeldoutDocument(f"doc{i}", f"source{i % 2}", domains[i % len(domains)], draw.integers(0, VOCABULARY, length).astype(np.uint16), 3 * length)
-        for i, length in enumerate(lengths)
-    ]
+    texts = [draw.integers(0, VOCABULARY, length).astype(np.uint16) for length in lengths]
+    return [HeldoutDocument(f"doc{i}", f"source{i % 2}", domains[i % len(domains)], text, 3 * len(text)) for i, text in enumerate(texts)]
