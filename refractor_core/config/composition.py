@@ -82,7 +82,8 @@ def _extend(node: Node, folder: str, problems: list[Problem], chain: tuple[str, 
             continue
         for item in child.value if isinstance(child.value, list) else [child]:
             if not isinstance(item.value, str) or not item.value:
-                problems.append(Problem(dotted((*key, name)), item.plain(), "expected the path of a YAML file, or a list of them", item.where))
+                expected = "expected the path of a YAML file, or a list of them"
+                problems.append(Problem(dotted((*key, name)), item.plain(), expected, item.where))
                 continue
             extended = _read(os.path.join(folder, item.value), problems, chain, key, item.where)
             base = merge(base, extended) if extended else base

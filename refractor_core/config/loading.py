@@ -119,7 +119,8 @@ def _translate(error: ValidationError, root: Node, missing_keys: bool) -> tuple[
         if path in problems or item["type"] == "too_short" and value:
             continue  # pydantic counts only the sound items of a list; the others are reported one by one
         if absent:
-            problems[path] = Problem(dotted(path), None, f"is missing; expected {_expected(cls, name)}", node.where) if missing_keys else None
+            missing = Problem(dotted(path), None, f"is missing; expected {_expected(cls, name)}", node.where)
+            problems[path] = missing if missing_keys else None
         elif item["type"] == "extra_forbidden":
             problems[path] = Problem(dotted(path), value, "is not a key" + _suggest_key(cls, name), node.where)
         elif item["type"] == "value_error":

@@ -101,7 +101,8 @@ def expert_groups(config: RunConfig, world_size: int | None) -> Iterator[Problem
 def dense_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     model = config.model
     if model.moe and model.moe.first_dense_layers > model.num_layers:
-        yield Problem("model.moe.first_dense_layers", model.moe.first_dense_layers, f"must be at most model.num_layers = {model.num_layers}")
+        expected = f"must be at most model.num_layers = {model.num_layers}"
+        yield Problem("model.moe.first_dense_layers", model.moe.first_dense_layers, expected)
 
 
 def only_data_parallelism(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

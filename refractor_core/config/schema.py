@@ -109,7 +109,7 @@ def _describe(schema: dict, definitions: dict) -> str:
         least = f" of at least {schema['minItems']}" if "minItems" in schema else ""
         return f"a list{least}, each {_describe(schema['items'], definitions)}"
     if kind == "string":
-        return "text" + (f" that matches {schema['pattern']}" if "pattern" in schema else "")
+        return "text" + (f" that matches `{schema['pattern']}`" if "pattern" in schema else "")
     if kind in ("boolean", "null"):
         return {"boolean": "true or false", "null": "null"}[kind]
     bounds = (("exclusiveMinimum", "above"), ("minimum", "at least"), ("exclusiveMaximum", "below"), ("maximum", "at most"))

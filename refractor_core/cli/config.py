@@ -1,0 +1,40 @@
+"""``refractor config``: is this document a run, what does it resolve to, what may it say."""
+
+import argparse
+import json
+
+from refractor_core.config import RunConfig, config_sha, dump, load_document, load_run
+from refractor_core.config.document import dump_with_origins, summary, write_specification
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="list every mistake, or summarise the run")
+    show = actions.add_parser("show", help="print the resolved run as YAML")
+    show.add_argument("--origins", action="store_true", help="say where each value was given")
+    for action in (check, show):
+        action.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+        action.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that win over the file's")
+        action.add_argument("--world-size", type=int, metavar="N", help="check the batch arithmetic for N ranks")
+    actions.add_parser("schema", help="print JSON Schema, for editors")
+    document = actions.add_parser("document", help="rewrite the generated section 12.1 of a specification")
+    document.add_argument("path", metavar="FILE", help="such as runbooks/specification.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries it out; exit code 0, or 2 through ConfigError."""
+    if args.action == "schema":
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return 0
+    if args.action == "document":
+        print(f"{args.path}: {'rewritten' if write_specification(args.path) else 'is current'}")
+        return 0
+    config = load_run(args.config, args.overrides, world_size=args.world_size)
+    if args.action == "check":
+        print(f"{summary(config)}\nOK {config_sha(config)[:12]}")
+    elif args.origins:
+        print(dump_with_origins(config, load_document(args.config, args.overrides)), end="")
+    else:
+        print(dump(config), end="")
+    return 0
