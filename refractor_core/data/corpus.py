@@ -1,0 +1,129 @@
+"""Sources to a clean corpus: read, filter, remove duplicates, hold out. Everything that goes leaves an audit row.
+
+The corpus is held in memory, texts included.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refractor_core.config.data import DataConfig
+from refractor_core.data.audit import EXCERPT, Removal
+from refractor_core.data.dedup import Duplicate, exact_duplicates, near_duplicates
+from refractor_core.data.documents import Document, Unreadable
+from refractor_core.data.filters import violation
+from refractor_core.data.progress import stage_bar
+from refractor_core.data.sources import list_files, read_file
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Kept documents by source, then id; what was removed; how many documents each source gave."""
+
+    documents: list[Document]
+    removals: list[Removal]
+    read: Counter[str]
+
+    def removed(self, source: str) -> dict[str, int]:
+        """Number of removals of a source at each stage that removed any."""
+        return dict(sorted(Counter(row.stage for row in self.removals if row.source == source).items()))
+
+
+def clean_corpus(config: DataConfig) -> Corpus:
+    """Reads every source and keeps what passes the filters and is no duplicate.
+
+    Raises:
+        ValueError: a source's path matches nothing, or a source gives no document that stays; all such sources are named.
+    """
+    documents, removals = _read_all(config)
+    read = Counter(document.source for document in documents)
+    read.update(row.source for row in removals)
+    documents, dropped = _filter(documents, config)
+    removals += dropped
+    documents, dropped = _drop(documents, exact_duplicates(documents), "exact", "sha256", None)
+    removals += dropped
+    if config.deduplication.enabled:
+        with stage_bar("near duplicates", sum(len(document.encoded) for document in documents), "B") as update:
+            duplicates = near_duplicates(documents, config.deduplication, update)
+        documents, dropped = _drop(documents, duplicates, "near", "jaccard", config.deduplication.threshold)
+        removals += dropped
+    corpus = Corpus(documents, removals, read)
+    _refuse_empty(config, corpus)
+    return corpus
+
+
+def _read_all(config: DataConfig) -> tuple[list[Document], list[Removal]]:
+    """Documents by source (in the order of the configuration), then id: the order of priority among duplicates."""
+    listed = [(source, list_files(source, f"data.sources.{index}")) for index, source in enumerate(config.sources)]
+    documents: list[Document] = []
+    removals: list[Removal] = []
+    with stage_bar("read", sum(len(files) for _, files in listed), "file") as update:
+        for source, files in listed:
+            own: list[Document] = []
+            for file in files:
+                for item in read_file(source, file):
+                    if isinstance(item, Unreadable):
+                        id = Document(item.source, item.path, "", "", "").id
+                        removals.append(Removal(id, item.source, item.path, "read", item.rule, detail=item.detail))
+                    else:
+                        own.append(item)
+                update(1)
+            documents += sorted(own, key=lambda document: document.id)
+    return documents, removals
+
+
+def _filter(documents: Sequence[Document], config: DataConfig) -> tuple[list[Document], list[Removal]]:
+    kept, removals = [], []
+    with stage_bar("filter", sum(len(document.encoded) for document in documents), "B") as update:
+        for document in documents:
+            broken = violation(document.text, config.filters)
+            if broken is None:
+                kept.append(document)
+            else:
+                removals.append(_removal(document, "filter", broken.rule, broken.value, broken.threshold))
+            update(len(document.encoded))
+    return kept, removals
+
+
+def _drop(
+    documents: Sequence[Document], duplicates: Sequence[Duplicate], stage: str, rule: str, threshold: float | None
+) -> tuple[list[Document], list[Removal]]:
+    gone = {duplicate.removed for duplicate in duplicates}
+    removals = [
+        _removal(documents[duplicate.removed], stage, rule, duplicate.similarity, threshold, documents[duplicate.kept].id)
+        for duplicate in duplicates
+    ]
+    return [document for index, document in enumerate(documents) if index not in gone], removals
+
+
+def _removal(document: Document, stage: str, rule: str, value: float, threshold: float | None, twin: str | None = None) -> Removal:
+    return Removal(document.id, document.source, document.path, stage, rule, value, threshold, twin, document.text[:EXCERPT])
+
+
+def _refuse_empty(config: DataConfig, corpus: Corpus) -> None:
+    kept = Counter(document.source for document in corpus.documents)
+    empty = [(index, source) for index, source in enumerate(config.sources) if not kept[source.name]]
+    if empty:
+        lines = [
+            f"data.sources.{index} (source {source.name!r}): no document stays; {corpus.read[source.name]} were read, "
+            f"removed by stage: {corpus.removed(source.name) or 'none'}; loosen data.filters, or remove the source"
+            for index, source in empty
+        ]
+        raise ValueError("\n".join(lines))
+
+
+def held_out(documents: Sequence[Document], share: float) -> list[bool]:
+    """Which documents training never sees, one answer per document.
+
+    Decided by the hash of the path, so that a Python module and its own docstrings fall on the same side, and a document never changes
+    sides when others come or go. A source of two documents or more for which the hash chooses none gives up the one of smallest hash.
+    """
+    hashes = [hashlib.sha256(document.path.encode()).digest() for document in documents]
+    threshold = int(share * 2**64)
+    paths = {document.path for document, digest in zip(documents, hashes) if int.from_bytes(digest[:8], "big") < threshold}
+    for source in dict.fromkeys(document.source for document in documents):
+        own = sorted((digest, document.path) for document, digest in zip(documents, hashes) if document.source == source)
+        if len(own) > 1 and not any(path in paths for _, path in own):
+            paths.add(own[0][1])
+    return [document.path in paths for document in documents]
