@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="list every mistake, or summarise the run")
     show = actions.add_parser("show", help="print the resolved run as YAML")
     show.add_argument("--origins", action="store_true", help="say where each value was given")
+    show.add_argument("--key", metavar="key.path", help="print this value alone, as launch scripts need it")
     for action in (check, show):
         action.add_argument("config", metavar="CONFIG", help="the run's YAML file")
         action.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that win over the file's")
@@ -33,8 +34,24 @@ def run(args: argparse.Namespace) -> int:
     config = load_run(args.config, args.overrides, world_size=args.world_size)
     if args.action == "check":
         print(f"{summary(config)}\nOK {config_sha(config)[:12]}")
+    elif args.key:
+        print(_value(config, args.key))
     elif args.origins:
         print(dump_with_origins(config, load_document(args.config, args.overrides)), end="")
     else:
         print(dump(config), end="")
     return 0
+
+
+def _value(config: RunConfig, key: str) -> object:
+    """The value at a dotted key: a scalar as it is, a section as JSON.
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    found = config.model_dump(mode="json")
+    for name in key.split("."):
+        if not isinstance(found, dict) or name not in found:
+            raise ValueError(f"--key {key}: the configuration has no such key; 'refractor config show' lists them")
+        found = found[name]
+    return json.dumps(found) if isinstance(found, dict | list) else found
