@@ -1,0 +1,102 @@
+"""One dispatch for all operations: which implementation runs on these tensors, and why.
+
+An operation's family file declares ``Op(name, reference)``; faster implementations register beside it with a function that says
+why they do not support given arguments, or ``None`` where they do. The first supporting one, in order of registration with the
+latest first, is what ``auto`` runs; the reference always supports.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = ("torch", "triton", "flash_attn", "cudnn", "apex")
+"""Backends that exist anywhere; an op has some of them."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation.
+
+    Args:
+        name: one of ``NAMES``.
+        run: the implementation; same arguments as the reference.
+        refusal: same arguments; why they are not supported, or ``None``.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refusal: Callable[..., str | None]
+
+
+class Op:
+    """An operation and its implementations, best first. The reference is the last and refuses nothing."""
+
+    registry: dict[str, "Op"] = {}
+
+    def __init__(self, name: str, reference: Callable[..., Any]):
+        self.name = name
+        self.backends = [Backend("torch", reference, lambda *tensors, **options: None)]
+        Op.registry[name] = self
+
+    def register(self, name: str, run: Callable[..., Any], refusal: Callable[..., str | None]) -> None:
+        """Puts an implementation before the ones registered so far."""
+        assert name in NAMES, name
+        self.backends.insert(0, Backend(name, run, refusal))
+
+    def choose(self, backend: str, tensors: tuple, options: dict) -> tuple[Backend, str]:
+        """The implementation to run and the reason.
+
+        Raises:
+            ValueError: an unknown backend, one this op does not have, or one that does not support the arguments.
+        """
+        if backend == "auto":
+            refused = []
+            for candidate in self.backends:
+                reason = candidate.refusal(*tensors, **options)
+                if reason is None:
+                    why = "; ".join(refused) or ("the fastest that supports these arguments" if len(self.backends) > 1 else "the only backend")
+                    return candidate, why
+                refused.append(f"not {candidate.name}: {reason}")
+        for candidate in self.backends:
+            if candidate.name == backend:
+                reason = candidate.refusal(*tensors, **options)
+                if reason is not None:
+                    raise ValueError(f"{self.name}: backend={backend!r} does not support these arguments: {reason}")
+                return candidate, "asked for"
+        here = ", ".join(["auto", *(candidate.name for candidate in self.backends)])
+        raise ValueError(f"{self.name}: backend={backend!r} is not one of {here}")
+
+    def __call__(self, backend: str, *tensors: Any, **options: Any) -> Any:
+        if backend == "auto" and len(self.backends) == 1:
+            return self.backends[0].run(*tensors, **options)
+        return self.choose(backend, tensors, options)[0].run(*tensors, **options)
+
+
+def _op(name: str) -> Op:
+    if name not in Op.registry:
+        raise ValueError(f"op={name!r} is not one of {', '.join(sorted(Op.registry))}")
+    return Op.registry[name]
+
+
+def backends(op: str) -> list[str]:
+    """Names of the op's implementations, best first.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    return [backend.name for backend in _op(op).backends]
+
+
+def explain(op: str, *tensors: Any, backend: str = "auto", **options: Any) -> str:
+    """Which backend runs ``op`` on these arguments, and why.
+
+    Args:
+        op: name of a public function of this package.
+        tensors: its positional arguments.
+        backend, options: its keyword arguments.
+
+    Raises:
+        ValueError: an unknown op or backend, or one that does not support the arguments.
+    """
+    chosen, why = _op(op).choose(backend, tensors, options)
+    return f"{op}: {chosen.name} ({why})"

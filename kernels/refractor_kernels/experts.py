@@ -1,0 +1,156 @@
+"""The routed experts of a mixture: sort token-expert pairs by expert, two grouped GEMMs around a SwiGLU, weighted sum back.
+
+y_t = Σ_k weight_tk · W_down[i_tk] · swiglu(W_gate_up[i_tk] · x_t). The backward follows SonicMoE (arXiv 2512.14080): saved are x, the
+pre-activation, indices and weights; the weights' gradient is the row sum of d(activation) · activation, so that y is never needed.
+Legend: T tokens, K experts per token, E experts, D model, F expert width, M kept pairs sorted by expert.
+"""
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refractor_kernels import check
+from refractor_kernels.dispatch import Op
+from refractor_kernels.swiglu import swiglu_backward, swiglu_forward
+
+_grouped_mm = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def sort_pairs(indices_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Stable counting sort of the kept pairs.
+
+    Returns:
+        order_M: flat positions t·K + k of the kept pairs, by expert, then by position.
+        ends_E: int32, one past each expert's last pair in order_M.
+    """
+    dropped = (indices_TK < 0) | (weights_TK == 0)
+    flat = indices_TK.masked_fill(dropped, num_experts).flatten()  # dropped pairs sort behind all experts
+    ends_E = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].cumsum(0)
+    order = flat.argsort(stable=True)
+    kept = int(ends_E[-1]) if num_experts else 0
+    return order[:kept], ends_E.to(torch.int32)
+
+
+def _grouped_supported(*tensors: Tensor) -> bool:
+    """torch's grouped GEMM takes bf16 (and on CPU float32) with rows of a multiple of 16 bytes; no empty operand."""
+    first = tensors[0]
+    dtypes = (torch.bfloat16, torch.float32) if first.device.type == "cpu" else (torch.bfloat16,)
+    aligned = all(size * t.element_size() % 16 == 0 for t in tensors for size in t.shape[-2 if t.dim() == 3 else -1 :])
+    return _grouped_mm is not None and first.dtype in dtypes and aligned and all(t.numel() for t in tensors)
+
+
+def grouped_linear(a_MI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows of each expert times its own matrix: out[m] = w[e(m)] · a[m], [M, O]."""
+    if _grouped_supported(a_MI, w_EOI):
+        return _grouped_mm(a_MI, w_EOI.transpose(1, 2), offs=ends_E)
+    out = a_MI.new_empty(a_MI.shape[0], w_EOI.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        out[start:end] = a_MI[start:end] @ w_EOI[expert].T
+        start = end
+    return out
+
+
+def grouped_outer(g_MO: Tensor, a_MI: Tensor, ends_E: Tensor) -> Tensor:
+    """Weight gradient of ``grouped_linear``: out[e] = Σ_m g[m] a[m]ᵀ, [E, O, I]; zero for an expert without rows."""
+    if _grouped_supported(g_MO, a_MI):
+        return _grouped_mm(g_MO.T, a_MI, offs=ends_E)
+    out = g_MO.new_empty(len(ends_E), g_MO.shape[1], a_MI.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        out[expert] = g_MO[start:end].T @ a_MI[start:end]
+        start = end
+    return out
+
+
+def _pairs(rows_MD: Tensor, order_M: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Sorted rows back at their places [T, K, D], zero where a pair was dropped."""
+    make = rows_MD.new_empty if len(order_M) == tokens * top_k else rows_MD.new_zeros
+    return make(tokens * top_k, rows_MD.shape[1]).index_copy_(0, order_M, rows_MD).view(tokens, top_k, -1)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK):
+        tokens, top_k = indices_TK.shape
+        order_M, ends_E = sort_pairs(indices_TK, weights_TK, len(w_down_EDF))
+        pre_MF = grouped_linear(x_TD[order_M // top_k], w_gate_up_EFD, ends_E)
+        y_MD = grouped_linear(swiglu_forward(pre_MF), w_down_EDF, ends_E)
+        ctx.save_for_backward(x_TD, w_gate_up_EFD, w_down_EDF, weights_TK, pre_MF, order_M, ends_E)
+        # The product promotes to the weights' dtype, so the sum is float32 at least.
+        return (_pairs(y_MD, order_M, tokens, top_k) * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD):
+        x_TD, w_gate_up_EFD, w_down_EDF, weights_TK, pre_MF, order_M, ends_E = ctx.saved_tensors
+        tokens, top_k = weights_TK.shape
+        token_M, weight_M = order_M // top_k, weights_TK.flatten()[order_M].unsqueeze(-1)
+        grad_MD = grad_TD[token_M]
+        act_MF = swiglu_forward(pre_MF)
+        grad_act_MF = grouped_linear(grad_MD, w_down_EDF.transpose(1, 2), ends_E)  # before the weight
+        grad_weights = None
+        if ctx.needs_input_grad[4]:
+            row_M = check.at_least_float32(grad_act_MF * act_MF if act_MF.dtype.itemsize > 2 else grad_act_MF.float() * act_MF).sum(-1)
+            grad_weights = torch.zeros_like(weights_TK).flatten().index_copy_(0, order_M, row_M.to(weights_TK.dtype)).view_as(weights_TK)
+        grad_pre_MF = swiglu_backward((grad_act_MF * weight_M).to(grad_act_MF.dtype), pre_MF)
+        grad_down = grad_gate_up = grad_x = None
+        if ctx.needs_input_grad[2]:
+            grad_down = grouped_outer(grad_MD, (act_MF * weight_M).to(act_MF.dtype), ends_E)
+        if ctx.needs_input_grad[1]:
+            grad_gate_up = grouped_outer(grad_pre_MF, x_TD[token_M], ends_E)
+        if ctx.needs_input_grad[0]:
+            rows_MD = grouped_linear(grad_pre_MF, w_gate_up_EFD.transpose(1, 2), ends_E)
+            total = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+            grad_x = _pairs(rows_MD, order_M, tokens, top_k).sum(1, dtype=total).to(x_TD.dtype)
+        return grad_x, grad_gate_up, grad_down, None, grad_weights
+
+
+def reference(x_TD: Tensor, w_gate_up_EFD: Tensor, w_down_EDF: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """torch's grouped GEMM where it takes the dtype, else one GEMM per expert."""
+    return _Experts.apply(x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK)
+
+
+_EXPERTS = Op("experts", reference)
+
+
+def experts(
+    x_TD: Tensor, w_gate_up_EFD: Tensor, w_down_EDF: Tensor, indices_TK: Tensor, weights_TK: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """y_t = Σ_k weight_tk · W_down[i_tk] · swiglu(W_gate_up[i_tk] · x_t).
+
+    Args:
+        x_TD: tokens.
+        w_gate_up_EFD: [E, 2F, D], gate rows before up rows, dtype of x.
+        w_down_EDF: [E, D, F], dtype of x.
+        indices_TK: int64 in [−1, E); −1 drops the pair.
+        weights_TK: float32, or float64 exactly where x is; a weight of exactly 0 drops the pair (and gets no gradient).
+
+    Returns:
+        [T, D] in the dtype of x; zero for a token without a pair. The weighted sum is at least float32.
+
+    Raises:
+        ValueError: dtypes, devices or shapes that do not match; an index outside [−1, E) on CPU; an unknown backend.
+    """
+    tensors = {"x_TD": x_TD, "w_gate_up_EFD": w_gate_up_EFD, "w_down_EDF": w_down_EDF}
+    check.same_kind("experts", **tensors)
+    sizes = check.shapes(
+        "experts",
+        "x_TD:TD w_gate_up_EFD:EGD w_down_EDF:EDF indices_TK:TK weights_TK:TK",
+        **tensors,
+        indices_TK=indices_TK,
+        weights_TK=weights_TK,
+    )
+    if sizes["G"] != 2 * sizes["F"]:
+        raise ValueError(f"experts: w_gate_up_EFD has {sizes['G']} rows per expert, expected 2·F = {2 * sizes['F']} from w_down_EDF")
+    check.integer("experts", torch.int64, x_TD, indices_TK=indices_TK)
+    if weights_TK.dtype != (torch.float64 if x_TD.dtype == torch.float64 else torch.float32):
+        raise ValueError(f"experts: weights_TK is {weights_TK.dtype}, expected float32, or float64 exactly where x_TD is")
+    if weights_TK.device != x_TD.device:
+        raise ValueError(f"experts: weights_TK is on {weights_TK.device}, expected {x_TD.device} like x_TD")
+    if indices_TK.device.type == "cpu" and indices_TK.numel():
+        low, high = (int(bound) for bound in indices_TK.aminmax())
+        if low < -1 or high >= sizes["E"]:
+            raise ValueError(f"experts: indices_TK spans [{low}, {high}], expected −1 (dropped) to {sizes['E'] - 1}")
+    return _EXPERTS(backend, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK)
