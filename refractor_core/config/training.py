@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from refractor_core.config.section import Section
 
+LARGEST_LOSS_SCALE = 2.0**24
+"""The dynamic loss scale stops growing here."""
+
 
 class OptimizerConfig(Section):
     """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235), on float32 master weights."""
@@ -13,17 +16,17 @@ class OptimizerConfig(Section):
     kind: Literal["adamw", "adafactor"] = "adamw"
     """The rule."""
     learning_rate: PositiveFloat
-    """Peak learning rate, reached at the end of the warmup."""
+    """Peak learning rate, reached at the end of the warmup. Adafactor's is relative to the parameter, and at most 1/√t."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW: decay of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """AdamW: decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
     """AdamW: added to the root of the second moment."""
-    beta2_decay: float = Field(-0.8, lt=0)
-    """Adafactor: exponent of the second moment's growing memory."""
-    update_clip: PositiveFloat = 1.0
-    """Adafactor: largest root mean square of a parameter's update."""
+    beta2_decay: float = Field(-0.8, ge=-1, lt=0)
+    """Adafactor: step t weighs t^beta2_decay in the second moment; nearer 0 forgets faster, -1 weighs all steps alike."""
+    update_clip: float = Field(1.0, ge=1)
+    """Adafactor: largest root mean square of a parameter's update before the learning rate."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices; norms and biases do not decay."""
 
@@ -46,8 +49,8 @@ class PrecisionConfig(Section):
 
     compute: Literal["fp64", "fp32", "bf16", "fp16"] = "bf16"
     """Format of weights and activations in forward and backward; master weights and optimizer state are float32 (float64 with fp64)."""
-    initial_loss_scale: PositiveFloat = 65536.0
-    """fp16: first loss scale."""
+    initial_loss_scale: float = Field(65536.0, ge=1, le=LARGEST_LOSS_SCALE)
+    """fp16: first loss scale. A power of two scales without rounding."""
     loss_scale_window: PositiveInt = 2000
     """fp16: steps without overflow before the scale doubles; an overflow halves it and skips the step."""
 
@@ -58,7 +61,7 @@ class LoadBalanceConfig(Section):
     weight: NonNegativeFloat = 1e-3
     """Factor in the total loss; 0 turns it off."""
     scope: Literal["sequence", "global"] = "sequence"
-    """Where the counts f come from: the sequence itself, or the whole previous step. Both before any drop."""
+    """Where the counts f come from: the sequence itself, or the whole previous step (uniform at first). Both before any drop."""
     band: tuple[float, float] = (0.97, 1.10)
     """Target band of the value, per layer, at the end of training."""
 
@@ -80,7 +83,7 @@ class RegretConfig(Section):
     start_share: float = Field(0.02, ge=0, le=1)
     """Share of the run's steps before the loss sets in."""
     band: tuple[float, float] = (0.0, 0.12)
-    """Target band of the regret mass, per layer, at the end of training."""
+    """Target band of the regret mass (by bias and by drops), per layer, at the end of training."""
 
 
 class ObjectivesConfig(Section):
@@ -102,7 +105,7 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     """Older checkpoints are removed once this many newer ones verify. At least 2 protects against a damaged newest one."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Decay of the exponential moving average of the weights; null keeps none."""
+    """Decay of the exponential moving average of the weights; update i uses at most i / (9 + i). Null keeps no average."""
 
 
 class StabilityConfig(Section):

@@ -1,1 +1,4 @@
-"""The language model's loss and the auxiliary losses, each with its target band."""
+"""The language-model loss and the routers' auxiliary losses, each with its target band.
+
+Every loss is a sum over tokens or sequences divided by a count of the *global* batch, so micro batches and ranks add up to it.
+"""

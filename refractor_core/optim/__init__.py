@@ -1,1 +1,4 @@
-"""Update rules, learning-rate schedule, precision, clipping, moving average."""
+"""Update rules, learning-rate schedule, loss scaling, clipping, moving average.
+
+One step: ``clipping`` bounds the reduced gradients, ``Schedule`` says the rate, ``Optimizer`` updates the masters, ``Ema`` follows them.
+"""
