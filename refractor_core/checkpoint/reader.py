@@ -155,4 +155,3 @@ class Checkpoint:
         for path in gone:
             shutil.rmtree(path, ignore_errors=True)
         return gone
-

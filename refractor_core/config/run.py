@@ -30,6 +30,8 @@ class RunSection(Section):
     """Seed of initial weights and data order."""
     steps: PositiveInt
     """Optimizer steps."""
+    initial_weights: str | None = None
+    """Weights to begin from: a checkpoint, a run directory or a Hugging Face directory of the same model. Null: random from ``seed``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
     threads: PositiveInt | None = None

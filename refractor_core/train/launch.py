@@ -1,31 +1,45 @@
-"""Starts the ranks of one machine through torchrun, and turns what became of the run into an exit code."""
+"""Starts the ranks of one machine through torchrun or joins those that are there, and turns what became of the run into an exit code."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from refractor_core.telemetry.records import write_status
+from refractor_core.config import RunConfig
+from refractor_core.telemetry.records import read_status, write_status
 from refractor_core.train.directory import RunDirectory
+from refractor_core.train.loop import Trainer, preflight
 from refractor_core.train.requests import Request, leave
+from refractor_core.train.runtime import Place, Runtime
 
-COMPLETED, FAILED, BAD_CONFIG, PAUSED = 0, 1, 2, 75
-"""Exit codes of training: the contract with launch scripts."""
+COMPLETED, FAILED, PAUSED = 0, 1, 75
+"""Exit codes of training, a contract with launch scripts; 2 is a bad config."""
 
 
 def exit_code(status: Path) -> int:
     """Exit code for the state that ``status.json`` tells; a run that still says running died without a word."""
+    return {"completed": COMPLETED, "paused": PAUSED}.get(read_status(status).get("state"), FAILED)
+
+
+def join(config: RunConfig, place: Place, directory: RunDirectory) -> int:
+    """This process's part in the run.
+
+    Returns: the exit code. Under torchrun a pause is 0 too, because torchrun turns every other code into 1; whoever started it reads
+        ``status.json``.
+    """
     try:
-        state = json.loads(status.read_text())["state"]
-    except (OSError, ValueError, KeyError):
-        return FAILED
-    return {"completed": COMPLETED, "paused": PAUSED}.get(state, FAILED)
+        with directory.locked() if place.rank == 0 else nullcontext(), Runtime.joined(config, place) as runtime:
+            outcome = Trainer(config, runtime, directory).run()
+    except Exception as error:
+        _note_failure(directory.status, f"rank {place.rank}: {error}")
+        raise
+    return PAUSED if outcome == "paused" and not place.under_torchrun else COMPLETED
 
 
-def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory) -> int:
+def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory, config: RunConfig) -> int:
     """Runs ``refractor train`` on ``ranks`` local ranks and waits; signals to this process ask the ranks to save and pause.
 
     Args:
@@ -35,25 +49,27 @@ def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory
 
     Returns: the run's exit code.
     """
+    preflight(config, directory)
+    with directory.locked():  # fails now if a job is there; the ranks take the lock themselves
+        write_status(directory.status, **{**read_status(directory.status), "state": "running", "world_size": ranks})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "refractor_core.cli.main", "train", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     asked = lambda number, frame: leave(directory.requests, Request.PAUSE)  # noqa: E731
     before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to pause instead of letting torchrun end them.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
     try:
         process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    code = exit_code(directory.status)
-    if code == FAILED:
-        _note_death(directory.status, process.returncode)
-    return code
+    _note_failure(directory.status, f"a rank died without a word (torchrun returned {process.returncode})")
+    return exit_code(directory.status)
 
 
-def _note_death(status: Path, returncode: int) -> None:
-    told = json.loads(status.read_text()) if status.is_file() else {}
+def _note_failure(status: Path, reason: str) -> None:
+    """Marks a run that says it is running as failed; the first reason stays."""
+    told = read_status(status)
     if told.get("state") == "running":
-        write_status(status, **{**told, "state": "failed", "reason": f"a rank died without a word (torchrun returned {returncode})"})
+        write_status(status, **{**told, "state": "failed", "reason": reason})

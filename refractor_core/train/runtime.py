@@ -21,6 +21,7 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    under_torchrun: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Place":
@@ -28,7 +29,7 @@ class Place:
         if "RANK" not in environment:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(environment[name]) for name in names))
+        return cls(*(int(environment[name]) for name in names), under_torchrun=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""The training loop: resume, step, record, save, and stop when asked."""
+
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+
+from refractor_core.checkpoint import Checkpoint, Damage, DamagedCheckpoint, write
+from refractor_core.config import ConfigError, Problem, RunConfig
+from refractor_core.data import BatchPlan, Dataset
+from refractor_core.optim.robbins_monro import check
+from refractor_core.optim.schedule import Schedule
+from refractor_core.train.directory import RunDirectory
+from refractor_core.train.flops import active_matrix_parameters, flops_per_token, peak_flops
+from refractor_core.train.records import Records
+from refractor_core.train.requests import Request, Requests
+from refractor_core.train.runtime import Runtime
+from refractor_core.train.state import DTYPES, TrainState
+from refractor_core.train.step import Stepper
+
+
+class Trainer:
+    """One rank's part in a run, from the newest sound checkpoint to the last step.
+
+    Raises:
+        ConfigError: the run directory belongs to another config, or the dataset to another data config.
+        ValueError: the dataset is missing or damaged, or no checkpoint of the run is sound.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime, directory: RunDirectory):
+        self.config, self.runtime, self.directory = config, runtime, directory
+        self.dataset = preflight(config, directory)
+        self.plan = BatchPlan(self.dataset, config)
+        checkpoint, damages = self._newest()
+        self.state = TrainState.fresh(config, runtime)
+        if checkpoint is not None:
+            self.state.load(checkpoint, runtime.place.rank)
+        self.stepper = Stepper(config, self.state, runtime.mesh.axis("data"))
+        self.requests = Requests(directory.requests)
+        self._kill_marker = directory.path / ".fault-kill-done"
+        self._kill_armed = config.faults.kill_at_step is not None and not self._kill_marker.exists()
+        self._matrix_parameters = active_matrix_parameters(self.state.model, config.model)
+        peak = peak_flops(runtime.device, DTYPES[config.precision.compute]) * runtime.place.world_size
+        self.records = None
+        if runtime.is_main:
+            directory.write_config(config)
+            self.records = Records(config, directory, self.state.step, self.state.tokens, peak, runtime.place.world_size)
+            self._tell(damages)
+
+    def run(self) -> str:
+        """Trains until the last step, a pause, or a failure of the guards; returns the state, which ``status.json`` then tells."""
+        with self.requests.listening():
+            try:
+                outcome = self._steps()
+            except BaseException as error:
+                if self.records:
+                    self.records.events.write("failed", self.state.step, reason=str(error))
+                raise
+        if self.records:
+            self.records.events.write(outcome, self.state.step)
+            self.records.status(outcome, self.state.step)
+            self.records.close()
+        return outcome
+
+    def _steps(self) -> str:
+        state, config = self.state, self.config
+        saved_at = state.step
+        while state.step < config.run.steps:
+            started = time.perf_counter()
+            batch = self.plan.batch(state.step, *self._data_place()).to(self.runtime.device)
+            result = self.stepper(batch, self.requests.pending(read_files=self.runtime.is_main))
+            if self.records:
+                length = batch.tokens_BS.shape[1]
+                work = flops_per_token(config.model, length, self._matrix_parameters)
+                self.records.write_step(result, state.step, state.tokens, length, time.perf_counter() - started, work)
+            if state.skipped_in_row > config.stability.max_consecutive_skips:
+                raise ValueError(
+                    f"{state.skipped_in_row} steps in a row had gradients that are not finite (stability.max_consecutive_skips = "
+                    f"{config.stability.max_consecutive_skips}); lower optimizer.learning_rate, or look for bad data at step {state.step}"
+                )
+            self._maybe_kill()
+            last = state.step == config.run.steps
+            if last or result.request or state.step % config.checkpoint.interval_steps == 0:
+                self._save(must=last or result.request == Request.PAUSE)
+                saved_at = state.step
+            if result.request and self.runtime.is_main:
+                self.requests.done(result.request)
+            if result.request == Request.PAUSE and not last:
+                return "paused"
+        assert saved_at == state.step
+        return "completed"
+
+    def _data_place(self) -> tuple[int, int]:
+        data = self.runtime.mesh.axis("data")
+        return data.rank, data.size
+
+    def _save(self, must: bool) -> None:
+        """Saves on all ranks. A periodic save that fails is told and training goes on; the last one must succeed."""
+        started, state = time.perf_counter(), self.state
+        if self.records:
+            self.records.sync()
+        try:
+            figures = state.figures(self.config, self.dataset.sha256)
+            path = write(self.directory.checkpoints, state.step, state.tensors(self.runtime.place.rank), figures, self.runtime.world)
+        except OSError as error:
+            if must:
+                raise
+            if self.records:
+                self.records.events.write("save_failed", state.step, reason=str(error))
+                self.records.note(f"warning: {error}")
+            return
+        if self.records:
+            self.records.saved(path, state.step, time.perf_counter() - started)
+            Checkpoint.prune(self.directory.checkpoints, self.config.checkpoint.keep_last)
+
+    def _newest(self) -> tuple[Checkpoint | None, list[Damage]]:
+        """The checkpoint to resume from, chosen by rank 0 for all; damaged newer ones are put aside."""
+        found: list = [None, [], None]
+        if self.runtime.is_main:
+            try:
+                checkpoint, damages = Checkpoint.newest_sound(self.directory.checkpoints)
+                _put_aside(damages, self.directory.checkpoints)
+                found = [checkpoint, damages, None]
+            except (OSError, ValueError) as error:
+                found = [None, [], error]
+        if self.runtime.world.size > 1:
+            dist.broadcast_object_list(found, src=0)
+        checkpoint, damages, error = found
+        if error is not None:
+            raise error
+        if damages and checkpoint is None:
+            told = "\n".join(f"  {damage}" for damage in damages)
+            raise ValueError(f"no checkpoint in {self.directory.checkpoints} is sound, so nothing can be resumed:\n{told}\n"
+                             "To begin anew, train into another run.dir")  # fmt: skip
+        return checkpoint, damages
+
+    def _tell(self, damages: list[Damage]) -> None:
+        for damage in damages:
+            told = {"path": str(damage.path), "reason": damage.reason, "tensor": damage.tensor}
+            self.records.events.write("damaged_checkpoint", self.state.step, **told)
+            self.records.note(f"warning: passed over a damaged checkpoint: {damage}")
+
+    def _maybe_kill(self) -> None:
+        if self._kill_armed and self.state.step == self.config.faults.kill_at_step:
+            self._kill_marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def preflight(config: RunConfig, directory: RunDirectory) -> Dataset:
+    """All that can be refused before a process group exists; returns the run's dataset.
+
+    Raises:
+        ConfigError: the schedule breaks a Robbins–Monro sum, the dataset is of another data config, or the run directory of another run.
+        ValueError: the dataset is missing or damaged.
+    """
+    schedule = Schedule(config.schedule, config.optimizer.learning_rate)
+    verdict = check(schedule.rate, schedule.tail_exponent, schedule.tail_start)
+    if not verdict.holds:
+        raise ConfigError([Problem("schedule", config.schedule.model_dump(), f"must keep both Robbins–Monro sums, but {verdict.reason}")])
+    dataset = Dataset.open(Path(config.data.dir))
+    differences = dataset.check_config(config)
+    if differences:
+        mend = "rebuild it with 'refractor data build --force', or restore the config"
+        raise ConfigError([Problem("data.dir", config.data.dir, f"holds a dataset of another config ({'; '.join(differences)}); {mend}")])
+    for checkpoint in reversed(Checkpoint.listed(directory.checkpoints)):
+        try:
+            step, trained_on = checkpoint.step, checkpoint.state["dataset_sha256"]
+        except DamagedCheckpoint:
+            continue  # the trainer walks back past it and says so
+        directory.check_same_run(config, step)
+        if trained_on != dataset.sha256:
+            told = f"holds dataset {dataset.sha256[:12]}, {checkpoint.path} was trained on {trained_on[:12]}; restore that one"
+            raise ConfigError([Problem("data.dir", config.data.dir, f"{told}, or train into another run.dir")])
+        break
+    return dataset
+
+
+def _put_aside(damages: list[Damage], directory: Path) -> None:
+    for folder in {d.path if d.path.parent == directory else d.path.parent for d in damages}:
+        try:
+            folder.rename(folder.with_name(f".damaged-{folder.name}-{int(time.time())}"))
+        except OSError as error:
+            warnings.warn(f"could not put aside {folder}: {error}", stacklevel=2)
