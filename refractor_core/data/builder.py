@@ -27,7 +27,6 @@ from refractor_core.data.manifest import (
     SplitEntry,
     build_config,
     config_sha256,
-    differences,
     hash_file,
     python_version,
 )
@@ -76,7 +75,8 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
         with atomic_directory(target) as folder:
             _write_dataset(folder, config, corpus)
     except OSError as error:
-        message = f"{error.strerror or error}; building {target} failed and left nothing behind; make room or check permissions and build again"
+        reason = error.strerror or error
+        message = f"{reason}; building {target} failed and left nothing behind; make room or check permissions, then build again"
         raise OSError(error.errno, message) from error
     dataset = Dataset.open(target)
     _summarise(dataset)
@@ -89,7 +89,8 @@ def _existing(target: Path, config: RunConfig) -> Dataset | None:
         return None
     dataset = Dataset.open(target)
     if changes := dataset.check_config(config):
-        raise ValueError(f"data.dir = {str(target)!r}: holds a dataset of another configuration; --force replaces it\n  " + "\n  ".join(changes))
+        lines = "\n  ".join(changes)
+        raise ValueError(f"data.dir = {str(target)!r}: holds a dataset of another configuration; --force replaces it\n  {lines}")
     return dataset
 
 
@@ -99,9 +100,7 @@ def _store_order(document: Document) -> bytes:
 
 
 def _write_dataset(folder: Path, config: RunConfig, corpus: Corpus) -> None:
-    split_of = {
-        document.id: SPLITS[out] for document, out in zip(corpus.documents, held_out(corpus.documents, config.data.heldout_share))
-    }
+    split_of = {document.id: SPLITS[out] for document, out in zip(corpus.documents, held_out(corpus.documents, config.data.heldout_share))}
     ordered = sorted(corpus.documents, key=_store_order)
     _refuse_untrained(config, ordered, split_of)
     sample = _training_sample([document for document in ordered if split_of[document.id] == "train"])
@@ -205,7 +204,8 @@ def _summarise(dataset: Dataset) -> None:
     for source in dataset.manifest.sources:
         removed = ", ".join(f"{stage} {count}" for stage, count in source.removed.items()) or "none"
         _say(
-            f"{source.name}: {source.read} read; removed: {removed}; train {source.train.documents} documents, {source.train.tokens} tokens; "
+            f"{source.name}: {source.read} read; removed: {removed}; "
+            f"train {source.train.documents} documents, {source.train.tokens} tokens; "
             f"held out {source.heldout.documents} documents, {source.heldout.tokens} tokens"
         )
     _say(f"{dataset.path}: dataset built, manifest {dataset.sha256[:12]}")

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from refractor_core.config.run import RunConfig
-from refractor_core.data.manifest import MANIFEST, Manifest, build_config, config_sha256, differences, hash_file
+from refractor_core.data.manifest import MANIFEST, Manifest, build_config, differences, hash_file
 from refractor_core.data.store import REBUILD, TokenStore
 from refractor_core.data.tokenizer import TextTokenizer
 
@@ -73,8 +73,7 @@ class Dataset:
 
     def check_config(self, config: RunConfig) -> list[str]:
         """Differences between what built the dataset and what the run asks for; empty if it is the run's dataset."""
-        part = build_config(config)
-        return [] if config_sha256(part) == self.manifest.config_sha256 else differences(self.manifest.config, part)
+        return differences(self.manifest.config, build_config(config))
 
     @cached_property
     def train(self) -> tuple[TokenStore, ...]:

@@ -37,8 +37,9 @@ def quantised_shares(tokens: Sequence[int], temperature: float, period: int = PE
 def chairman_table(samples: Sequence[int]) -> np.ndarray:
     """The source of every sample of a period, int32 [sum(samples)].
 
-    The j-th sample of a source (from 0) may come from the moment at which its share exceeds j by 1/(2k-2), and must come by the moment at which its
-    share exceeds j by more than 1 - 1/(2k-2); the most urgent of those that may come, comes. Tijdeman's theorem says that none comes too late.
+    The j-th sample of a source (from 0) may come from the moment at which its share exceeds j by 1/(2k-2), and must come by the moment at
+    which it exceeds j by more than 1 - 1/(2k-2); the most urgent of those that may come, comes. Tijdeman's theorem says that none comes
+    too late.
 
     Args:
         samples: samples of each source per period, all positive.

@@ -99,8 +99,8 @@ class BatchPlan:
             for name, tokens in zip(self._names, self._tokens_s):
                 if tokens <= length:
                     raise ValueError(
-                        f"curriculum.stages.{number}.sequence_length = {length}: source {name!r} of data.sources has only {tokens} training "
-                        f"tokens, and a sample takes {length + 1}; shorten the sequences, add documents to the source or remove it"
+                        f"curriculum.stages.{number}.sequence_length = {length}: source {name!r} of data.sources has only {tokens} "
+                        f"training tokens, and a sample takes {length + 1}; shorten the sequences, add documents or remove the source"
                     )
             stage = Stage(
                 first_step=first,
@@ -147,7 +147,7 @@ class BatchPlan:
         return self.stages[bisect.bisect_right([stage.until_step for stage in self.stages], step)]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The rows of one rank: the ``rank``-th of ``world`` contiguous slices, as even as possible, of the global batch of ``step`` (from 0).
+        """One rank's rows of the global batch of ``step`` (from 0): the ``rank``-th of ``world`` contiguous slices, as even as possible.
 
         Raises:
             ValueError: the curriculum does not reach ``step``.
@@ -204,8 +204,8 @@ class BatchPlan:
     def describe(self) -> list[dict[str, Any]]:
         """What each stage will contain: ``stage first_step until_step sequence_length sequences tokens sources``.
 
-        ``sources`` maps a source's name to its ``sequences``, ``tokens``, ``share`` of the stage's sequences, and ``epochs``: tokens of this
-        stage over tokens of the source.
+        ``sources`` maps a source's name to its ``sequences``, ``tokens``, ``share`` of the stage's sequences, and ``epochs``: tokens of
+        this stage over tokens of the source.
         """
         return [self._describe(number, stage) for number, stage in enumerate(self.stages)]
 

@@ -49,7 +49,8 @@ def list_files(source: SourceConfig, key: str) -> list[SourceFile]:
     names = sorted(name for name in glob.glob(source.path, recursive=True) if not Path(name).is_dir())
     if not names:
         raise ValueError(
-            f"{key}.path = {source.path!r} (source {source.name!r}): no file matches; globs are relative to the working directory, {Path.cwd()}"
+            f"{key}.path = {source.path!r} (source {source.name!r}): no file matches; "
+            f"globs are relative to the working directory, {Path.cwd()}"
         )
     return [SourceFile(Path(name), Path(name).as_posix()) for name in names]
 
@@ -151,7 +152,8 @@ def _list_stdlib(domain: str) -> list[SourceFile]:
 def _list_licenses(library: Path, packages: Path) -> list[SourceFile]:
     files = [SourceFile(path, path.name) for path in sorted(library.glob("*")) if _is_license(path)]
     for folder in sorted(packages.glob("*.dist-info")):
-        files += [SourceFile(path, f"site-packages/{path.relative_to(packages).as_posix()}") for path in sorted(folder.rglob("*")) if _is_license(path)]
+        found = sorted(path for path in folder.rglob("*") if _is_license(path))
+        files += [SourceFile(path, f"site-packages/{path.relative_to(packages).as_posix()}") for path in found]
     return files
 
 

@@ -1,9 +1,9 @@
 """Tokens on disk in Megatron-LM's indexed format, which Megatron's own readers open.
 
-``NAME.bin`` holds the tokens of all documents, end to end. ``NAME.idx`` holds, little-endian: the magic ``MMIDIDX\\0\\0``, uint64 version 1,
-uint8 dtype code, uint64 number of sequences, uint64 number of document bounds, int32 length of each sequence in tokens, int64 byte
-position of each sequence, int64 index of the sequence where each document begins with the number of sequences as the last bound.
-We write one sequence per document. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+``NAME.bin`` holds the tokens of all documents, end to end. ``NAME.idx`` holds, little-endian: the magic ``MMIDIDX`` and two zero bytes,
+uint64 version 1, uint8 dtype code, uint64 number of sequences, uint64 number of document bounds, int32 length of each sequence in
+tokens, int64 byte position of each sequence, int64 index of the sequence where each document begins, with the number of sequences as the
+last bound. We write one sequence per document. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
 import os
@@ -94,7 +94,7 @@ class TokenStore:
         except FileNotFoundError:
             raise ValueError(f"{self._bin}: missing; {REBUILD}") from None
         if size != expected:
-            raise ValueError(f"{self._bin}: {size} bytes, but its index says {expected}; the file is cut short or damaged; {REBUILD}")
+            raise ValueError(f"{self._bin}: {size} bytes, but its index says {expected}; the file is damaged; {REBUILD}")
         self.tokens = np.asarray(np.memmap(self._bin, dtype=dtype, mode="r")) if size else np.zeros(0, dtype)
 
     def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
@@ -109,7 +109,7 @@ class TokenStore:
             raise ValueError(f"{self._index}: not an index of Megatron's format, version {VERSION}; {REBUILD}")
         expected = HEADER.size + 12 * sequences + 8 * bounds
         if len(content) != expected:
-            raise ValueError(f"{self._index}: {len(content)} bytes, but its header says {expected}; the file is cut short or damaged; {REBUILD}")
+            raise ValueError(f"{self._index}: {len(content)} bytes, but its header says {expected}; the file is damaged; {REBUILD}")
         lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
         pointers = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
         documents = np.frombuffer(content, "<i8", bounds, HEADER.size + 12 * sequences)

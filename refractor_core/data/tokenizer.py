@@ -30,7 +30,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, eos_token: str):
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
-            raise ValueError(f"data.tokenizer.eos_token = {eos_token!r}: the tokenizer has no such token; name the one that ends its documents")
+            raise ValueError(f"data.tokenizer.eos_token = {eos_token!r}: no such token in the tokenizer; name the one that ends documents")
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.json = tokenizer.to_str(pretty=True)
@@ -50,7 +50,7 @@ class TextTokenizer:
         try:
             return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")), eos_token)
         except OSError as error:
-            raise ValueError(f"{path}: no tokenizer can be read here ({error.strerror}); data.tokenizer.path names a tokenizer.json") from error
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); data.tokenizer.path names a tokenizer.json") from error
         except ValueError:
             raise
         except Exception as error:  # tokenizers raises plain Exception for JSON that it does not understand
@@ -94,9 +94,10 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str], vocab_size: in
     Raises:
         ValueError: it cannot be made, or has more tokens than ``model.vocab_size``.
     """
-    if config.path is None:
+    if config.kind == "train_bpe":
         return TextTokenizer.train(texts, vocab_size, config.eos_token)
+    assert config.path is not None, "the schema asks for a path with kind: file"
     tokenizer = TextTokenizer.load(Path(config.path), config.eos_token)
     if tokenizer.size > vocab_size:
-        raise ValueError(f"model.vocab_size = {vocab_size}: {config.path} has {tokenizer.size} tokens; raise the vocabulary to at least that")
+        raise ValueError(f"model.vocab_size = {vocab_size}: {config.path} has {tokenizer.size} tokens; raise it to at least that")
     return tokenizer

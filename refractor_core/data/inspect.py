@@ -1,0 +1,81 @@
+"""A look inside a dataset, as text for a terminal."""
+
+from refractor_core.config.run import RunConfig
+from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
+from refractor_core.data.order import BatchPlan
+
+EXCERPT = 60
+"""Characters shown of each end of a sequence, and of a removed document."""
+
+
+def describe_dataset(dataset: Dataset, config: RunConfig) -> str:
+    """Every source's funnel, and what each stage of the curriculum will read."""
+    head = ("source", "domain", "read", "removed", "documents", "tokens", "bytes/token", "held out")
+    lines = [f"{dataset.path}: manifest {dataset.sha256[:12]}, Python {dataset.manifest.python_version}, {dataset.manifest.dtype} tokens"]
+    lines += [f"differs from the configuration: {change}" for change in dataset.check_config(config)]
+    lines.append("{:<16}{:<12}{:>9}{:>9}{:>11}{:>14}{:>13}{:>12}".format(*head))
+    for source in dataset.manifest.sources:
+        train = source.train
+        lines.append(
+            f"{source.name:<16}{source.domain:<12}{source.read:>9}{sum(source.removed.values()):>9}{train.documents:>11}{train.tokens:>14}"
+            f"{train.bytes / train.tokens:>13.2f}{source.heldout.tokens:>12}"
+        )
+    for stage in BatchPlan(dataset, config).describe():
+        lines.append(
+            f"stage {stage['stage']}: steps {stage['first_step']} to {stage['until_step'] - 1}, {stage['sequences']} sequences of "
+            f"{stage['sequence_length']}, {stage['tokens']} tokens"
+        )
+        lines += [
+            f"  {name:<14}{own['share']:>8.2%}{own['tokens']:>14} tokens{own['epochs']:>9.2f} epochs"
+            for name, own in stage["sources"].items()
+        ]
+    return "\n".join(lines)
+
+
+def describe_removed(dataset: Dataset, samples: int) -> str:
+    """How many documents each rule removed from each source, with the first ``samples`` of each rule."""
+    rules: dict[tuple[str, str], list[dict]] = {}
+    for row in dataset.audit().to_pylist():
+        rules.setdefault((row["stage"], row["rule"]), []).append(row)
+    lines = []
+    for (stage, rule), rows in rules.items():
+        sources = {source: sum(row["source"] == source for row in rows) for source in sorted({row["source"] for row in rows})}
+        lines.append(f"{stage} / {rule}: {len(rows)} ({', '.join(f'{name} {count}' for name, count in sources.items())})")
+        for row in rows[:samples]:
+            measured = "" if row["value"] is None else f" {row['value']:.4g}"
+            measured += "" if row["threshold"] is None else f" against {row['threshold']:.4g}"
+            twin = f", stays: {row['twin']}" if row["twin"] else ""
+            lines.append(f"  {row['document']} {row['path']}{measured}{twin}: {row['detail'][:EXCERPT]!r}")
+    return "\n".join(lines) or "nothing was removed"
+
+
+def describe_document(dataset: Dataset, id: str, characters: int) -> str:
+    """Provenance and the first ``characters`` of a kept document, or the audit row of a removed one.
+
+    Raises:
+        ValueError: the dataset has never seen such a document.
+    """
+    for row in dataset.documents().to_pylist():
+        if row["id"] == id:
+            stores = dataset.train if row["split"] == "train" else dataset.heldout
+            store = stores[[source.name for source in dataset.manifest.sources].index(row["source"])]
+            text = dataset.tokenizer.decode(store.document(row["position"]))
+            return "\n".join([*(f"{key}: {value}" for key, value in row.items()), "", text[:characters]])
+    for row in dataset.audit().to_pylist():
+        if row["document"] == id:
+            return "\n".join(f"{key}: {value}" for key, value in row.items() if value is not None)
+    raise ValueError(f"--document {id}: neither {DOCUMENTS} nor {AUDIT} of {dataset.path} knows this id")
+
+
+def describe_batch(dataset: Dataset, config: RunConfig, step: int) -> str:
+    """Source, documents and both ends of every sequence of a step."""
+    batch = BatchPlan(dataset, config).batch(step)
+    rows, length = batch.tokens_BS.shape
+    names = [source.name for source in dataset.manifest.sources]
+    lines = [f"step {step}: {rows} sequences of {length}, {batch.loss_tokens} targets"]
+    for row, tokens in enumerate(batch.tokens_BS.tolist()):
+        inside = (batch.cu_seqlens >= row * length) & (batch.cu_seqlens < (row + 1) * length)
+        text = dataset.tokenizer.decode(tokens)
+        source = names[int(batch.sources_B[row])]
+        lines.append(f"{row:>4} {source:<12}{int(inside.sum()):>3} documents  {text[:EXCERPT]!r} … {text[-EXCERPT:]!r}")
+    return "\n".join(lines)
