@@ -161,7 +161,8 @@ def _hint(cls: type[Section], name: str, value: object) -> str:
         return f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
     if "number" in words and re.fullmatch(r"[-+]?[0-9][0-9_,]*(\.[0-9]+)?([eE][-+]?[0-9]+)?", value):
         return f"; write {value.replace('_', '').replace(',', '')} without quotes"
-    close = difflib.get_close_matches(value, [word for word in words if word not in ("a", "number", "whole", "one", "of", "or")], n=1)
+    choices = [word for word in words if word not in ("a", "number", "whole", "one", "of", "or", "null")]
+    close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

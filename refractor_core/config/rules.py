@@ -1,4 +1,4 @@
-"""Rules that hold between keys of a run's document, whatever section they stand in.
+"""Rules that hold between keys of a run's document. What concerns one section alone is checked there, by the schema's own validators.
 
 A rule is a small generator of problems. It reads the keys it needs; when the schema has refused one of them, the rule is silent, because
 that mistake is already reported.
@@ -139,14 +139,6 @@ def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield Problem("batch.global_batch_size", batch.global_batch_size, expected)
 
 
-def curriculum_order(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    stages = config.curriculum.stages
-    for index in range(1, len(stages)):
-        before, step = stages[index - 1].until_step, stages[index].until_step
-        if step <= before:
-            yield Problem(f"curriculum.stages.{index}.until_step", step, f"must be above {before}, where the stage before it ends")
-
-
 def curriculum_covers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     stages, steps = config.curriculum.stages, config.run.steps
     if stages[-1].until_step < steps:
@@ -158,22 +150,6 @@ def warmup_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     warmup, steps = config.schedule.warmup_steps, config.run.steps
     if warmup >= steps:
         yield Problem("schedule.warmup_steps", warmup, f"must be below run.steps = {steps}, else the peak learning rate is never reached")
-
-
-def source_names(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    first: dict[str, int] = {}
-    for index, source in enumerate(config.data.sources):
-        name = getattr(source, "name", None)  # absent in a source that the schema refused
-        if name is not None and first.setdefault(name, index) != index:
-            yield Problem(f"data.sources.{index}.name", name, f"is the name of data.sources.{first[name]} already; names must differ")
-
-
-def tokenizer_path(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    tokenizer = config.data.tokenizer
-    if tokenizer.kind == "file" and not tokenizer.path:
-        yield Problem("data.tokenizer.path", tokenizer.path, "kind: file needs the path of a tokenizer.json")
-    if tokenizer.kind == "train_bpe" and tokenizer.path:
-        yield Problem("data.tokenizer.path", tokenizer.path, "is not read with kind: train_bpe; remove it, or write kind: file")
 
 
 def vocabulary(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -212,11 +188,8 @@ RULES: tuple[Rule, ...] = (
     dense_layers,
     only_data_parallelism,
     batch_division,
-    curriculum_order,
     curriculum_covers,
     warmup_fits,
-    source_names,
-    tokenizer_path,
     vocabulary,
     document_lengths,
     bands,

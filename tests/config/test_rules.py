@@ -1,0 +1,99 @@
+"""Every rule between keys refuses a document, and lets its neighbour pass."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from refractor_core.config import ConfigError, load_run, rules
+
+MLA = "model.attention.kind=mla"
+EMA = "checkpoint.ema_decay=0.9"
+
+CASES = [
+    # rule, what fails, the key that is named, what passes, ranks
+    ("head_width", ["model.num_heads=6"], "model.num_heads", ["model.num_heads=8"], None),
+    ("head_width", ["model.num_heads=64"], "model.num_heads", ["model.num_heads=32"], None),
+    ("head_width", ["model.head_dim=9"], "model.head_dim", ["model.head_dim=10"], None),
+    ("head_width", ["model.num_heads=6"], "model.num_heads", ["model.num_heads=6", MLA], None),
+    ("kv_heads", ["model.num_kv_heads=3"], "model.num_kv_heads", ["model.num_kv_heads=4"], None),
+    ("latent_attention", [MLA, "model.attention.qk_norm=head"], "model.attention.qk_norm", ["model.attention.qk_norm=head"], None),
+    ("latent_attention", [MLA, "model.attention.qkv_clip=8"], "model.attention.qkv_clip", ["model.attention.qkv_clip=8"], None),
+    (
+        "latent_attention",
+        [MLA, "model.attention.latent.qk_rope_head_dim=7"],
+        "model.attention.latent.qk_rope_head_dim",
+        [MLA, "model.attention.latent.qk_rope_head_dim=8"],
+        None,
+    ),
+    (
+        "yarn_bounds",
+        ["model.rope.scaling={factor: 2, original_context: 64, beta_fast: 1}"],
+        "model.rope.scaling.beta_fast",
+        ["model.rope.scaling={factor: 2, original_context: 64, beta_fast: 2}"],
+        None,
+    ),
+    ("experts_per_token", ["model.moe.top_k=9"], "model.moe.top_k", ["model.moe.top_k=8"], None),
+    ("expert_groups", ["model.moe.num_groups=3"], "model.moe.num_groups", ["model.moe.num_groups=4"], None),
+    ("expert_groups", ["model.moe.num_groups=8", "model.moe.top_groups=2"], "model.moe.num_groups", ["model.moe.num_groups=4"], None),
+    ("expert_groups", ["model.moe.num_groups=2", "model.moe.top_groups=3"], "model.moe.top_groups", ["model.moe.num_groups=2"], None),
+    (
+        "expert_groups",
+        ["model.moe={num_groups: 4, top_groups: 1, top_k: 3}"],
+        "model.moe.top_k",
+        ["model.moe={num_groups: 4, top_groups: 2, top_k: 3}"],
+        None,
+    ),
+    ("dense_layers", ["model.moe.first_dense_layers=3"], "model.moe.first_dense_layers", ["model.moe.first_dense_layers=2"], None),
+    *(
+        ("only_data_parallelism", [f"parallel.{name}=2"], f"parallel.{name}", [f"parallel.{name}=1"], None)
+        for name in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context")
+    ),
+    ("only_data_parallelism", ["parallel.sequence=true"], "parallel.sequence", ["parallel.sequence=false"], None),
+    ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),
+    ("batch_division", [], "batch.global_batch_size", [], (3, 4)),
+    ("batch_division", ["parallel.data_shard=3"], "batch.global_batch_size", ["parallel.data_shard=4"], None),
+    ("batch_division", ["parallel.data_replicate=3"], "batch.global_batch_size", ["parallel.data_replicate=2"], None),
+    ("curriculum_covers", ["run.steps=31"], "curriculum.stages.1.until_step", ["run.steps=29"], None),
+    ("warmup_fits", ["schedule.warmup_steps=30"], "schedule.warmup_steps", ["schedule.warmup_steps=29"], None),
+    ("vocabulary", ["model.vocab_size=256"], "model.vocab_size", ["model.vocab_size=257"], None),
+    ("vocabulary", ["model.vocab_size=256"], "model.vocab_size", ["model.vocab_size=256", "data.tokenizer.path=t.json"], None),
+    ("document_lengths", ["data.filters.max_characters=199"], "data.filters.min_characters", ["data.filters.max_characters=200"], None),
+    *(
+        ("bands", [f"objectives.{name}.band=[1, 1]"], f"objectives.{name}.band", [f"objectives.{name}.band=[1, 1.1]"], None)
+        for name in ("load_balance", "z_loss", "regret")
+    ),
+    ("averaged_weights", ["evaluation.weights=ema"], "evaluation.weights", ["evaluation.weights=ema", EMA], None),
+]
+
+
+@pytest.mark.parametrize(("rule", "fails", "key", "passes", "ranks"), CASES)
+def test_rule_refuses_a_document_and_lets_its_neighbour_pass(
+    write: Callable[..., Path], sound: dict, rule: str, fails: list[str], key: str, passes: list[str], ranks: tuple[int, int] | None
+) -> None:
+    bad, good = ranks or (None, None)
+    path = write(sound)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, fails, world_size=bad)
+    assert [problem.key for problem in caught.value.problems] == [key]
+    load_run(path, passes, world_size=good)
+
+
+def test_every_rule_has_a_case_that_only_it_refuses(write: Callable[..., Path], sound: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {case[0] for case in CASES} == {rule.__name__ for rule in rules.RULES}
+    path = write(sound)
+    for name, fails, _, _, ranks in CASES:
+        with monkeypatch.context() as patch:
+            patch.setattr(rules, "RULES", tuple(rule for rule in rules.RULES if rule.__name__ != name))
+            load_run(path, fails, world_size=ranks and ranks[0])
+
+
+def test_objectives_on_a_dense_model_are_fine(write: Callable[..., Path], sound: dict) -> None:
+    sound["model"]["moe"] = None
+    load_run(write(sound))
+
+
+def test_a_rule_is_silent_about_keys_that_the_schema_refused(write: Callable[..., Path], sound: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(write(sound), ["model.moe.num_experts=x", "model.moe.top_k=900", "run.steps=0", "schedule.warmup_steps=99"])
+    assert {problem.key for problem in caught.value.problems} == {"model.moe.num_experts", "run.steps"}
