@@ -6,6 +6,7 @@ Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def quantised_shares(tokens: Sequence[int], temperature: float, period: int = PE
     while sum(samples) < period:
         samples[max(range(len(samples)), key=lambda i: (exact[i] - samples[i], -i))] += 1
     while sum(samples) > period:  # the minimum of one took more than was there
-        samples[max(range(len(samples)), key=lambda i: (samples[i] - exact[i] if samples[i] > 1 else -1.0, -i))] -= 1
+        samples[max(range(len(samples)), key=lambda i: (samples[i] - exact[i] if samples[i] > 1 else -math.inf, -i))] -= 1
     return np.array(samples, dtype=np.int64)
 
 
