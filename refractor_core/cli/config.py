@@ -5,6 +5,7 @@ import json
 
 from refractor_core.config import RunConfig, config_sha, dump, load_document, load_run
 from refractor_core.config.document import dump_with_origins, summary, write_specification
+from refractor_core.parallel.layout import Layout
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for action in (check, show):
         action.add_argument("config", metavar="CONFIG", help="the run's YAML file")
         action.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that win over the file's")
-        action.add_argument("--world-size", type=int, metavar="N", help="check the batch arithmetic for N ranks")
+        action.add_argument("--world-size", type=int, metavar="N", help="also check the layout and the batch for N ranks")
     actions.add_parser("schema", help="print JSON Schema, for editors")
     document = actions.add_parser("document", help="rewrite the generated section 12.1 of a specification")
     document.add_argument("path", metavar="FILE", help="such as runbooks/specification.md")
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.path}: {'rewritten' if write_specification(args.path) else 'is current'}")
         return 0
     config = load_run(args.config, args.overrides, world_size=args.world_size)
+    if args.world_size is not None:
+        Layout.from_config(config.parallel, args.world_size)
     if args.action == "check":
         print(f"{summary(config)}\nOK {config_sha(config)[:12]}")
     elif args.key:

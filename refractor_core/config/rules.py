@@ -133,8 +133,7 @@ def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Proble
     if batch.global_batch_size % share:
         nearest = max(1, round(batch.global_batch_size / share)) * share
         expected = (
-            f"must be a multiple of micro_batch_size × data-parallel ranks = {batch.micro_batch_size} × {ranks}; "
-            f"the nearest is {nearest}"
+            f"must be a multiple of micro_batch_size × data-parallel ranks = {batch.micro_batch_size} × {ranks}; the nearest is {nearest}"
         )
         yield Problem("batch.global_batch_size", batch.global_batch_size, expected)
 

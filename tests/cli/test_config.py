@@ -40,6 +40,12 @@ def test_check_exits_with_2_and_lists_every_mistake(path: str, capsys: pytest.Ca
     assert all(key in captured.err for key in ("curriculum.stages.0.until_step", "model.num_heads", "batch.global_batch_size"))
 
 
+def test_check_refuses_a_layout_that_does_not_fit_the_ranks(path: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["config", "check", path, "parallel.data_shard=2", "--world-size", "4"]) == 2
+    assert "parallel" in capsys.readouterr().err
+    assert main(["config", "check", path, "parallel.data_shard=2", "--world-size", "2"]) == 0
+
+
 @pytest.mark.parametrize("options", [[], ["--origins"]])
 def test_show_prints_a_document_that_loads_to_the_same(
     path: str, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture
