@@ -113,5 +113,6 @@ def _row(statistics: RouterStatistics) -> Tensor:
     sequences, experts = count_BE.shape
     length = statistics.tokens // sequences
     balance = (count_BE * probability_BE).sum() * (experts / (statistics.top_k * length * length))
-    scalars = torch.stack([balance, *(getattr(statistics, name).double() for name in _STATISTICS)])
-    return torch.cat([count_BE.sum(0), probability_BE.sum(0), scalars, count_BE.new_tensor([statistics.tokens, sequences])])
+    sums = [getattr(statistics, name).double() for name in _STATISTICS]
+    sizes = [balance.new_full((), size) for size in (statistics.tokens, sequences)]  # filled on the device: no copy to wait for
+    return torch.cat([count_BE.sum(0), probability_BE.sum(0), torch.stack([balance, *sums, *sizes])])

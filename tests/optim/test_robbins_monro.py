@@ -51,7 +51,9 @@ def cosine(t):
         (lambda t: -(t**-0.6), 0.6, "not positive"),
         (lambda t: math.nan, 0.6, "not positive"),
     ],
-    ids="floor cosine_floor inverse_root almost_root cosine_zero wsd_zero too_fast log_squared exponential lie tiny_floor negative nan".split(),
+    ids=(
+        "floor cosine_floor inverse_root almost_root cosine_zero wsd_zero too_fast log_squared exponential lie tiny_floor negative nan"
+    ).split(),
 )
 def test_others_fail(rate, declared, reason):
     verdict = check(rate, declared, T)
