@@ -42,20 +42,30 @@ def write(directory: Path, step: int, tensors: Mapping[str, Tensor], state: dict
         partial.mkdir(parents=True, exist_ok=True)
         mine = _write_file(partial / f"rank-{world.rank:05d}.safetensors", tensors)
     except Exception as error:  # told to every rank below: one that stops alone would leave the others waiting
-        mine = {"error": f"rank {world.rank}: {error}"}
+        mine = {"error": _told(error, world)}
     entries = _gather(mine, world)
     failure = next((entry["error"] for entry in entries if "error" in entry), None)
     if failure is None and world.rank == 0:
         try:
             _write_manifest(partial, final, step, state, entries)
         except Exception as error:
-            failure = f"rank 0: {error}"
+            failure = _told(error, world)
     failure = _gather(failure, world)[0]
     if failure is not None:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"could not write checkpoint {final}: {failure}. Older checkpoints are untouched; free space or mend the disk")
+        told, of_the_disk = failure
+        mend = "free space or mend the disk" if of_the_disk else "this is a defect of REFRACTOR, please report it"
+        kind = OSError if of_the_disk else RuntimeError
+        raise kind(f"could not write checkpoint {final}: {told}. Older checkpoints are untouched; {mend}")
     return final
+
+
+def _told(error: Exception, world: Axis) -> tuple[str, bool]:
+    """What went wrong on this rank, and whether the disk is to blame: safetensors wraps the system's errors in its own."""
+    from safetensors import SafetensorError
+
+    return f"rank {world.rank}: {error}", isinstance(error, OSError | SafetensorError)
 
 
 def seal(body: dict) -> str:

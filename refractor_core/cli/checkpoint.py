@@ -69,8 +69,9 @@ def _export(args: argparse.Namespace) -> int:
     from refractor_core.model.hub import export_hub
 
     checkpoint = find_checkpoint(Path(args.path))
-    name = next(told["dtype"] for key, told in checkpoint.manifest["tensors"].items() if key.startswith("model."))
-    model = load_model(checkpoint.path, getattr(torch, name), weights=args.weights)
+    held = checkpoint.manifest["tensors"]
+    dtype = next((told["dtype"] for key, told in held.items() if key.startswith("model.")), "float32")
+    model = load_model(checkpoint.path, getattr(torch, dtype), weights=args.weights)
     export_hub(model, Path(args.target), family=args.family)
     print(f"wrote {args.target}")
     return 0

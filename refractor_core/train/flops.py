@@ -46,7 +46,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if part in name and dtype in (torch.bfloat16, torch.float16):
                 return rate
     n = 768 if device.type == "cpu" else 8192
-    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    own = torch.Generator(device).manual_seed(0)  # the run's random state must not move
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
         if device.type == "cuda":

@@ -66,36 +66,34 @@ class Trainer:
         return outcome
 
     def _steps(self) -> str:
-        state, config = self.state, self.config
-        saved_at = state.step
-        while state.step < config.run.steps:
-            started = time.perf_counter()
-            batch = self.plan.batch(state.step, *self._data_place()).to(self.runtime.device)
-            result = self.stepper(batch, self.requests.pending(read_files=self.runtime.is_main))
-            if self.records:
-                length = batch.tokens_BS.shape[1]
-                work = flops_per_token(config.model, length, self._matrix_parameters)
-                self.records.write_step(result, state.step, state.tokens, length, time.perf_counter() - started, work)
-            if state.skipped_in_row > config.stability.max_consecutive_skips:
-                raise ValueError(
-                    f"{state.skipped_in_row} steps in a row had gradients that are not finite (stability.max_consecutive_skips = "
-                    f"{config.stability.max_consecutive_skips}); lower optimizer.learning_rate, or look for bad data at step {state.step}"
-                )
-            self._maybe_kill()
-            last = state.step == config.run.steps
-            if last or result.request or state.step % config.checkpoint.interval_steps == 0:
-                self._save(must=last or result.request == Request.PAUSE)
-                saved_at = state.step
-            if result.request and self.runtime.is_main:
-                self.requests.done(result.request)
-            if result.request == Request.PAUSE and not last:
+        while self.state.step < self.config.run.steps:
+            if self.advance() == Request.PAUSE and self.state.step < self.config.run.steps:
                 return "paused"
-        assert saved_at == state.step
         return "completed"
 
-    def _data_place(self) -> tuple[int, int]:
+    def advance(self) -> Request:
+        """Does one step with all that goes with it: batch, update, records, guards, checkpoint. Returns the wish that was granted."""
+        state, config = self.state, self.config
+        started = time.perf_counter()
         data = self.runtime.mesh.axis("data")
-        return data.rank, data.size
+        batch = self.plan.batch(state.step, data.rank, data.size).to(self.runtime.device)
+        result = self.stepper(batch, self.requests.pending(read_files=self.runtime.is_main))
+        if self.records:
+            length = batch.tokens_BS.shape[1]
+            work = flops_per_token(config.model, length, self._matrix_parameters)
+            self.records.write_step(result, state.step, state.tokens, length, time.perf_counter() - started, work)
+        if state.skipped_in_row > config.stability.max_consecutive_skips:
+            raise ValueError(
+                f"{state.skipped_in_row} steps in a row had gradients that are not finite (stability.max_consecutive_skips = "
+                f"{config.stability.max_consecutive_skips}); lower optimizer.learning_rate, or look for bad data at step {state.step}"
+            )
+        self._maybe_kill()
+        last = state.step == config.run.steps
+        if last or result.request or state.step % config.checkpoint.interval_steps == 0:
+            self._save(must=last or result.request == Request.PAUSE)
+        if result.request and self.runtime.is_main:
+            self.requests.done(result.request)
+        return result.request
 
     def _save(self, must: bool) -> None:
         """Saves on all ranks. A periodic save that fails is told and training goes on; the last one must succeed."""

@@ -65,12 +65,16 @@ class TrainState:
         if torch.cuda.is_initialized():
             found[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
         if rank == 0:
-            found |= {f"model.{name}": p for name, p in self.model.named_parameters()}
+            found |= {f"model.{name}": p for name, p in self._rounded().items()}
             found |= {f"buffer.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
             found |= self.optimizer.state_tensors()
             if self.ema is not None:
                 found |= self.ema.state_tensors()
         return found
+
+    def _rounded(self) -> dict[str, Tensor]:
+        """Parameters that are a low-precision copy of their master; the others are saved as the master alone."""
+        return {name: p for name, p in self.model.named_parameters() if self.optimizer.masters.get(name) is not p}
 
     def figures(self, config: RunConfig, dataset_sha: str) -> dict:
         """The JSON-able rest; with the model's config a checkpoint can be read without its run."""
@@ -92,7 +96,7 @@ class TrainState:
             ValueError: the checkpoint lacks a tensor, or has one of another shape.
         """
         held = checkpoint.tensors()
-        copy_named({name: p for name, p in self.model.named_parameters()}, _below(held, "model."), f"{checkpoint.path}: model")
+        copy_named(self._rounded(), _below(held, "model."), f"{checkpoint.path}: model")
         copy_named(persistent_buffers(self.model), _below(held, "buffer."), f"{checkpoint.path}: buffer")
         self.optimizer.load_state_tensors({name: t for name, t in held.items() if name.startswith(("master.", "optimizer."))})
         if self.ema is not None:

@@ -11,7 +11,8 @@ from refractor_core.config import RunConfig
 from refractor_core.data.batch import Batch
 from refractor_core.model.moe import update_router_bias
 from refractor_core.objectives.language_model import language_model_loss
-from refractor_core.objectives.router import RouterLosses, RouterTotals
+from refractor_core.objectives.router import RouterLosses
+from refractor_core.objectives.totals import RouterTotals
 from refractor_core.optim.clipping import clip_, global_norm
 from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.mesh import Axis
