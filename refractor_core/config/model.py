@@ -20,6 +20,8 @@ class LatentConfig(Section):
     """Width per head of the part with rotary positions; the key's is shared by all heads. Even."""
     v_head_dim: PositiveInt = 128
     """Width per head of the values."""
+    norm_epsilon: PositiveFloat = 1e-6
+    """Added to the mean square in the norms of the latents; DeepSeek-V3 keeps it apart from the other norms'."""
 
 
 class AttentionConfig(Section):
@@ -30,7 +32,7 @@ class AttentionConfig(Section):
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMSNorm of queries and keys: none, per head (Qwen3), or over all heads at once (OLMoE). GQA only."""
     qkv_clip: PositiveFloat | None = None
-    """Clamps queries, keys and values to ±this after their projections (OLMoE's ``clip_qkv``). GQA only."""
+    """Clamps queries, keys and values to ±this after their projections and norms (OLMoE's ``clip_qkv``). GQA only."""
     sliding_window: PositiveInt | None = None
     """Each token sees itself and the ``sliding_window - 1`` tokens before it; null: all of its document so far."""
     latent: LatentConfig = LatentConfig()
@@ -125,3 +127,34 @@ class ModelConfig(Section):
     """Rotary positions."""
     moe: MoeConfig | None = None
     """Mixture of experts; null: every layer is dense."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, with the default filled in."""
+        return self.num_heads if self.num_kv_heads is None or self.attention.kind == "mla" else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a query head, with the default filled in."""
+        if self.attention.kind == "mla":
+            return self.attention.latent.qk_nope_head_dim + self.attention.latent.qk_rope_head_dim
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of a head's part that carries rotary positions."""
+        return self.attention.latent.qk_rope_head_dim if self.attention.kind == "mla" else self.head_width
+
+    @property
+    def dense_width(self) -> int:
+        """Width of the SwiGLU in layers without experts, with the default filled in."""
+        if self.dense_hidden_size is not None:
+            return self.dense_hidden_size
+        if self.moe is not None:
+            return (self.moe.top_k + self.moe.num_shared_experts) * self.moe.expert_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    def moe_layers(self) -> range:
+        """Indices of the layers with experts."""
+        first = self.num_layers if self.moe is None else min(self.moe.first_dense_layers, self.num_layers)
+        return range(first, self.num_layers)

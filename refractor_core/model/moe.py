@@ -1,0 +1,104 @@
+"""The mixture-of-experts layer, and the balancing of its router by bias.
+
+Legend: B batch, S sequence, T = B·S, D model, F expert width, E experts, K experts per token, L layers with experts.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from refractor_core.config.model import ModelConfig
+from refractor_core.model.layers import SwiGLU
+from refractor_core.model.output import RouterStatistics
+from refractor_core.model.router import Router
+from refractor_core.parallel.sharding import parameter
+from refractor_kernels import experts
+
+
+class Experts(nn.Module):
+    """E SwiGLUs in two tensors, gate rows before up rows.
+
+    Shape: x_TD, indices_TK, weights_TK → [T, D].
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        residual_std: float,
+        recompute: bool,
+        kernels: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        super().__init__()
+        count, width, hidden = config.moe.num_experts, config.hidden_size, config.moe.expert_hidden_size
+        make = partial(parameter, expert=True, dtype=dtype, device=device)
+        self.gate_up_EFD = make((count, 2 * hidden, width), std=config.init_std, blocks={1: (hidden, hidden)})
+        self.down_EDF = make((count, width, hidden), std=residual_std)
+        self.op, self.recompute = partial(experts, backend=kernels), recompute
+
+    def forward(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        arguments = (x_TD, self.gate_up_EFD, self.down_EDF, indices_TK, weights_TK)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.op, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self.op(*arguments)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus, if any, shared experts that every token visits.
+
+    Shape: x_BSD → ([B, S, D], the router's statistics).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        residual_std: float,
+        recompute: bool,
+        kernels: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        super().__init__()
+        common = {"kernels": kernels, "dtype": dtype, "device": device}
+        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, **common)
+        self.experts = Experts(config, residual_std=residual_std, recompute=recompute, **common)
+        shared = config.moe.num_shared_experts * config.moe.expert_hidden_size
+        self.shared = SwiGLU(config.hidden_size, shared, std=config.init_std, residual_std=residual_std, **common) if shared else None
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RouterStatistics]:
+        weights_TK, indices_TK, statistics = self.router(x_BSD)
+        y_BSD = self.experts(x_BSD.flatten(0, 1), indices_TK, weights_TK).view_as(x_BSD)
+        return (y_BSD if self.shared is None else y_BSD + self.shared(x_BSD)), statistics
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a model, in order of layers."""
+    return sorted((module for module in model.modules() if isinstance(module, Router)), key=lambda router: router.layer)
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, counts_LE: Tensor) -> None:
+    """b_e += rate · sign(mean(c) − c_e): experts that were chosen too often become less attractive (arXiv 2408.15664, algorithm 1).
+
+    Args:
+        counts_LE: choices of the whole global batch before any drop, a row per layer with experts.
+
+    Raises:
+        ValueError: another number of layers or experts; a router without a bias.
+    """
+    found = routers(model)
+    if counts_LE.shape[0] != len(found):
+        raise ValueError(f"counts_LE has {counts_LE.shape[0]} rows, expected one for each of the {len(found)} layers with experts")
+    for router, count_E in zip(found, counts_LE.double(), strict=True):
+        bias_E = router.expert_bias_E
+        if bias_E is None:
+            raise ValueError(f"layer {router.layer} has no selection bias: set model.moe.bias_update_rate")
+        if count_E.shape != bias_E.shape:
+            raise ValueError(f"counts_LE has {len(count_E)} experts, expected {len(bias_E)}")
+        bias_E += router.config.bias_update_rate * (count_E.mean() - count_E).sign().to(bias_E)

@@ -1,0 +1,126 @@
+"""The router of a mixture-of-experts layer: its choice, its capacity, and its statistics.
+
+Legend: B sequences, S tokens, T = B·S, D model, E experts, K experts per token.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refractor_core.config.model import MoeConfig
+from refractor_core.model.output import RouterStatistics
+from refractor_core.parallel.sharding import parameter
+from refractor_kernels import route
+
+
+class Router(nn.Module):
+    """Chooses experts per token, in at least float32 whatever the model's format.
+
+    Buffers:
+        expert_bias_E: float32 (float64 in a float64 model); sways the choice only. Exists where ``bias_update_rate`` is not null.
+        previous_count_E: int64, tokens of the previous global batch that chose each expert; state of training, not of the model.
+
+    Args:
+        layer: index of the decoder layer, for the statistics.
+    """
+
+    def __init__(
+        self, width: int, config: MoeConfig, layer: int, *, std: float, kernels: str, dtype: torch.dtype, device: torch.device | str
+    ):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.weight = parameter((config.num_experts, width), std=std, dtype=dtype, device=device)
+        bias = None
+        if config.bias_update_rate is not None:
+            bias = torch.zeros(config.num_experts, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        self.register_buffer("expert_bias_E", bias)
+        self.register_buffer("previous_count_E", torch.zeros(config.num_experts, dtype=torch.int64, device=device))
+        self.choose = partial(
+            route,
+            top_k=config.top_k,
+            scoring=config.scoring,
+            normalize=config.normalize_top_k,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+            scale=config.routed_scale,
+            backend=kernels,
+        )
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, RouterStatistics]:
+        """
+        Returns:
+            weights_TK: at least float32; exactly 0 where a capacity drops the pair.
+            indices_TK: int64.
+            statistics: of this micro batch, before any drop.
+        """
+        compute = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
+        logits_BSE = F.linear(x_BSD.to(compute), self.weight.to(compute))
+        weights_TK, indices_TK, affinities_TE = self.choose(logits_BSE.flatten(0, 1), self.expert_bias_E)
+        chosen_BSE = torch.zeros_like(logits_BSE, dtype=torch.bool).flatten(0, 1).scatter_(1, indices_TK, True).view_as(logits_BSE)
+        kept_TK = None
+        if self.config.capacity_factor is not None:
+            kept_TK = within_capacity(chosen_BSE, indices_TK, self.config.capacity_factor, self.config.top_k)
+            weights_TK = weights_TK * kept_TK
+        return weights_TK, indices_TK, self._statistics(logits_BSE, affinities_TE.view_as(logits_BSE), chosen_BSE, indices_TK, kept_TK)
+
+    def _statistics(
+        self, logits_BSE: Tensor, affinities_BSE: Tensor, chosen_BSE: Tensor, indices_TK: Tensor, kept_TK: Tensor | None
+    ) -> RouterStatistics:
+        config = self.config
+        log_sum_BS = logits_BSE.logsumexp(-1)
+        if config.scoring == "softmax":
+            shares_BSE, logs_BSE = affinities_BSE, logits_BSE.detach() - log_sum_BS.detach().unsqueeze(-1)
+        else:
+            shares_BSE = affinities_BSE / affinities_BSE.sum(-1, keepdim=True).clamp_min(1e-20)
+            logs_BSE = shares_BSE.detach().clamp_min(1e-30).log()
+        with torch.no_grad():
+            entropy = -(shares_BSE * logs_BSE).sum() / math.log(max(config.num_experts, 2))
+            count_BE = chosen_BSE.sum(1).to(logits_BSE.dtype)
+            none = logits_BSE.new_zeros(())
+            dropped = none if kept_TK is None else (~kept_TK).sum().to(logits_BSE.dtype)
+        hinge, bias, drop = self._regret(affinities_BSE.flatten(0, 1), indices_TK, kept_TK)
+        return RouterStatistics(
+            layer=self.layer,
+            count_BE=count_BE,
+            probability_BE=shares_BSE.sum(1),
+            z_loss=log_sum_BS.square().sum(),
+            regret_hinge=hinge,
+            regret_bias=bias,
+            regret_drop=drop,
+            entropy=entropy,
+            dropped=dropped,
+            tokens=logits_BSE.shape[0] * logits_BSE.shape[1],
+            top_k=config.top_k,
+        )
+
+    def _regret(self, affinities_TE: Tensor, indices_TK: Tensor, kept_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(hinge, bias, drop), see ``RouterStatistics``. What both sets share cancels, so sums over the sets serve as sums over their
+        differences. Where nothing sways the choice and nothing drops it, all are zero and nothing is computed."""
+        config, none = self.config, affinities_TE.new_zeros(())
+        swayed = self.expert_bias_E is not None or config.top_groups < config.num_groups
+        if not swayed and kept_TK is None:
+            return none, none, none
+        picked_TK = affinities_TE.gather(1, indices_TK)
+        if swayed:
+            best_TK = affinities_TE.gather(1, affinities_TE.detach().topk(config.top_k, dim=-1).indices)
+        else:
+            best_TK = picked_TK
+        mass_T = best_TK.detach().sum(-1).clamp_min(1e-20)
+        hinge = ((best_TK.sum(-1) - picked_TK.sum(-1)).clamp_min(0) / mass_T).sum() if swayed else none
+        drop = none if kept_TK is None else ((picked_TK.detach() * ~kept_TK).sum(-1) / mass_T).sum()
+        return hinge, hinge.detach(), drop
+
+
+@torch.no_grad()
+def within_capacity(chosen_BSE: Tensor, indices_TK: Tensor, factor: float, top_k: int) -> Tensor:
+    """kept_TK bool: each expert takes the first ceil(factor · S · K / E) tokens of a sequence that chose it.
+
+    Positions decide, so what is kept depends neither on scores nor on what else is in the batch.
+    """
+    _, length, experts = chosen_BSE.shape
+    capacity = math.ceil(factor * length * top_k / experts - 1e-9)  # the margin forgives 1.1 · 10 = 11.000000000000002
+    kept_BSE = chosen_BSE.cumsum(1) <= capacity
+    return kept_BSE.view(-1, experts).gather(1, indices_TK)
