@@ -20,7 +20,18 @@ INSTALL_REQUIRES = [
 # "apex" is missing on purpose: the one on PyPI is a web toolkit of 2013. NVIDIA's is optional, installed from its own source,
 # and found by its attributes, never by its name alone.
 EXTRAS_REQUIRE = {
-    "test": ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "import-linter", "transformers", "sympy", "scipy"],
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "pytest-timeout",
+        "hypothesis",
+        "ruff",
+        "import-linter",
+        "transformers",
+        "sympy",
+        "scipy",
+        "setuptools>=77",  # a test builds the wheel
+    ],
     "deepspeed": ["deepspeed"],
     "ray": ["ray"],
     "kenlm": ["kenlm"],
@@ -36,7 +47,7 @@ setup(
     packages=[*find_packages(include=["refractor_core", "refractor_core.*"]), *find_packages("kernels", include=["refractor_kernels*"])],
     # Nested, because a package named "kernels" exists on PyPI: the folder is on no path by that name.
     package_dir={"refractor_kernels": "kernels/refractor_kernels"},
-    package_data={"": ["*.html.j2", "*.json", "*.yaml"]},
+    package_data={"": ["**/*.html.j2", "**/*.json", "**/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["refractor=refractor_core.cli.main:main"]},

@@ -7,11 +7,12 @@ import pytest
 
 
 def require(program: str, apt: str) -> str:
-    """Path of ``program``. Skips the test where it is missing, fails where ``CI`` is set, and says which Debian packages (``apt``) have it."""
-    path = shutil.which(program)
-    if path is None:
-        message = f"{program} is not on PATH; install it with: apt-get install -y --no-install-recommends {apt}"
-        if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
+    """Path of ``program``; ``apt`` names the Debian packages that have it. Where it is missing: see ``missing``."""
+    return shutil.which(program) or missing(f"{program} is not on PATH; get it with: apt-get install -y --no-install-recommends {apt}")
+
+
+def missing(message: str) -> None:
+    """Skips the test, or fails it where ``CI`` is set. The message says how to get what is missing."""
+    if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
+        pytest.fail(message)
+    pytest.skip(message)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor"]
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 2.0
 
 
 def run_ranks(n: int, function: Callable, *args: Any, directory: Path, timeout: float = 60.0) -> list[Any]:

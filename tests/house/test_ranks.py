@@ -39,7 +39,5 @@ def test_error_of_a_rank_is_shown(ranks):
 
 
 def test_hang_is_ended_and_located(ranks):
-    begin = time.monotonic()
     with pytest.raises(AssertionError, match="_one_hangs"):
         ranks(2, _one_hangs, timeout=3)
-    assert time.monotonic() - begin < 40
