@@ -13,6 +13,7 @@ from refractor_core.config.loading import dump
 from refractor_core.evaluation import plots
 from refractor_core.evaluation.drawing import png, svg
 from refractor_core.evaluation.record import RunRecord
+from refractor_core.objectives.bands import OBJECTIVES, in_band
 from refractor_core.telemetry.progress import clock_time
 from refractor_core.telemetry.records import encode, replace_atomically
 
@@ -142,17 +143,17 @@ def _tail(record: RunRecord) -> int:
 
 def _bands(record: RunRecord) -> list[dict]:
     """Every router objective at the end of training against its band: the layer farthest out, or nearest the edge."""
+    ends = {key: record.router(key)[-_tail(record) :] for key in OBJECTIVES}
+    means: dict[int, dict[str, float]] = {
+        layer: {key: float(table[:, index][np.isfinite(table[:, index])].mean()) for key, table in ends.items()}
+        for index, layer in enumerate(record.layers)
+        if all(np.isfinite(table[:, index]).any() for table in ends.values())
+    }
+    verdicts = in_band(record.config.objectives, means)
     rows = []
-    for key in ("load_balance", "z_loss", "regret"):
-        objective, table = getattr(record.config.objectives, key), record.router(key)[-_tail(record) :]
-        columns = [(layer, table[:, index]) for index, layer in enumerate(record.layers)]
-        means = [(layer, float(np.nanmean(column))) for layer, column in columns if np.isfinite(column).any()]
-        if not means:
-            continue
-        low, high = objective.band
-        layer, value = max(means, key=lambda pair: abs(pair[1] - (low + high) / 2))
-        told = {"name": key.replace("_", " "), "weight": objective.weight, "low": low, "high": high}
-        rows.append({**told, "layer": layer, "value": value, "inside": low <= value <= high})
+    for key in OBJECTIVES if verdicts else ():
+        worst = max((v for v in verdicts if v.objective == key), key=lambda v: abs(v.value - (v.band[0] + v.band[1]) / 2))
+        rows.append({"name": key.replace("_", " "), "weight": getattr(record.config.objectives, key).weight, "worst": worst})
     return rows
 
 

@@ -51,7 +51,10 @@ class Exporter:
         self._get(name, labels).observe(value)
 
     def observe_step(self, row: dict) -> None:
-        """Takes one row of ``metrics.jsonl``. Keys that a row lacks leave their metric as it was."""
+        """Takes one row of ``metrics.jsonl``. Keys that a row lacks leave their metric as it was.
+
+        A layer's ``dropped`` is the share of its token-expert pairs; the counter tells pairs.
+        """
         self.set("trainer_step", row["step"])
         self.increment("trainer_tokens_total", max(row["tokens"] - self._tokens, 0))
         self._tokens = max(row["tokens"], self._tokens)
@@ -84,7 +87,8 @@ class Exporter:
         self.set("moe_max_violation_ratio", layer["max_violation"], layer=index)
         self.set("moe_router_regret_ratio", layer["regret_bias"], layer=index, kind="bias")
         self.set("moe_router_regret_ratio", layer["regret_drop"], layer=index, kind="drop")
-        self.increment("moe_dropped_tokens_total", layer["dropped"] or 0, layer=index)
+        dropped = layer["dropped"] * sum(layer["counts"]) if _finite(layer["dropped"]) else 0
+        self.increment("moe_dropped_tokens_total", round(dropped), layer=index)
         for expert, count in enumerate(layer["counts"]):
             self.increment("moe_expert_tokens_total", count, layer=index, expert=expert)
 

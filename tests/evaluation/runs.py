@@ -54,7 +54,7 @@ def step_row(draw, run, step, tokens, skipped=False):
                 "load_entropy": float(-(shares * np.log(shares)).sum() / math.log(moe.num_experts)),
                 "token_entropy": 0.7 + 0.2 * math.exp(-5 * share),
                 "max_violation": float(shares.max() * moe.num_experts - 1),
-                "dropped": 0,
+                "dropped": 0.0,
                 "counts": counts.tolist(),
             }
         )

@@ -20,7 +20,7 @@ LAYER = {
     "load_entropy": 0.99,
     "token_entropy": 0.7,
     "max_violation": 0.2,
-    "dropped": 3,
+    "dropped": 0.1875,
     "counts": [10, 6],
 }
 
