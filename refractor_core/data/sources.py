@@ -65,7 +65,7 @@ def read_file(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unr
                 yield item
     except UnicodeDecodeError as error:
         yield Unreadable(source.name, file.label, "invalid_utf8", str(error))
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError) as error:  # ast gives ValueError for NUL in some versions
         yield Unreadable(source.name, file.label, "invalid_python", str(error))
     except (OSError, EOFError, zlib.error) as error:
         yield Unreadable(source.name, file.label, "unreadable_file", f"{type(error).__name__}: {error}")
