@@ -70,6 +70,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Line breaks other than a newline are only kept inside double quotes."""
+        return self.represent_scalar(_TAG + "str", text, style='"' if re.search("[\r\x85\u2028\u2029]", text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)

@@ -122,9 +122,9 @@ def test_an_override_may_extend_relative_to_the_working_directory(write: Write, 
 
 
 def test_overrides_without_a_place_are_refused(write: Write, sound: dict) -> None:
-    overrides = ("steps", "=3", "run..x=1", "run.steps.x=2", "data.sources.7.name=x", "data.sources.name=x", "run.dir=[1")
+    overrides = ("steps", "=3", "run..x=1", "run.steps.x=2", "data.sources.2.name=x", "data.sources.name=x", "run.dir=[1")
     found = mistakes(write(sound), overrides)
-    assert found.keys() == {"steps", "override", "run..x", "run.steps.x", "data.sources.7.name", "data.sources.name", "run.dir"}
+    assert found.keys() == {"steps", "override", "run..x", "run.steps.x", "data.sources.2.name", "data.sources.name", "run.dir"}
     assert all(where == "override" for where, _, _ in found.values())
 
 

@@ -95,5 +95,15 @@ def test_objectives_on_a_dense_model_are_fine(write: Callable[..., Path], sound:
 
 def test_a_rule_is_silent_about_keys_that_the_schema_refused(write: Callable[..., Path], sound: dict) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_run(write(sound), ["model.moe.num_experts=x", "model.moe.top_k=900", "run.steps=0", "schedule.warmup_steps=99"])
-    assert {problem.key for problem in caught.value.problems} == {"model.moe.num_experts", "run.steps"}
+        load_run(
+            write(sound),
+            [
+                "model.moe.num_experts=x",
+                "model.moe.top_k=900",
+                "model.moe.num_groups=x",
+                "model.moe.top_groups=5",
+                "run.steps=0",
+                "schedule.warmup_steps=99",
+            ],
+        )
+    assert {problem.key for problem in caught.value.problems} == {"model.moe.num_experts", "model.moe.num_groups", "run.steps"}

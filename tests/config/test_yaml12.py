@@ -1,7 +1,7 @@
 """Scalars follow YAML 1.2's core schema, and what a document may not hold is refused with its line."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from refractor_core.config.yaml12 import MAX_DEPTH, parse, to_yaml
@@ -111,7 +111,9 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.text("abcdefgh", min_size=1, max_size=6), plain, max_size=4))
+@example({"a": "\x85", "b": "x\u2028y", "c": "\r", "d": "\ufeff", "e": " \n\t", "f": "# no", "g": "no", "h": "1e-3", "i": "- a: b"})
 def test_written_yaml_reads_back_to_the_same(value: dict) -> None:
     problems = []
     assert repr(parse(to_yaml(value), "f", problems).plain()) == repr(value)
