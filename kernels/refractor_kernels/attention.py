@@ -51,9 +51,7 @@ def _sdpa(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, scale: float, mask: Te
     return out.transpose(1, 2)[..., :value_width]
 
 
-def reference(
-    q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor | None, *, scale: float, window: int | None
-) -> Tensor:
+def reference(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor | None, *, scale: float, window: int | None) -> Tensor:
     """PyTorch's fused attention. A mask is built only where boundaries or a window need one and it is small; long sequences go document
     by document, or with a window in recomputed blocks of queries, so that memory grows with S and not with S²."""
     batch, length, heads, _ = q_BSHD.shape
@@ -70,9 +68,7 @@ def reference(
     if window is None:
         flat = [t.flatten(0, 1).unsqueeze(0) for t in (q_BSHD, k_BSGD, v_BSGE)]
         bounds = cu_seqlens.tolist()
-        pieces = [
-            _sdpa(*(t[:, low:high] for t in flat), scale, None) for low, high in zip(bounds, bounds[1:], strict=False) if low < high
-        ]
+        pieces = [_sdpa(*(t[:, low:high] for t in flat), scale, None) for low, high in zip(bounds, bounds[1:], strict=False) if low < high]
         return torch.cat(pieces, dim=1).view(batch, length, heads, -1)
     return _windowed(q_BSHD, k_BSGD, v_BSGE, ids_BS, scale, window)
 

@@ -54,8 +54,8 @@ class Op:
             for candidate in self.backends:
                 reason = candidate.refusal(*tensors, **options)
                 if reason is None:
-                    why = "; ".join(refused) or ("the fastest that supports these arguments" if len(self.backends) > 1 else "the only backend")
-                    return candidate, why
+                    alone = "the only backend" if len(self.backends) == 1 else "the fastest that supports these arguments"
+                    return candidate, "; ".join(refused) or alone
                 refused.append(f"not {candidate.name}: {reason}")
         for candidate in self.backends:
             if candidate.name == backend:

@@ -95,8 +95,9 @@ def route(
         raise ValueError(f"route: num_groups={num_groups} does not divide the {experts} experts of logits_TE")
     if not 1 <= top_groups <= num_groups:
         raise ValueError(f"route: top_groups={top_groups} is not between 1 and num_groups={num_groups}")
-    if not 1 <= top_k <= experts // num_groups * top_groups:
-        raise ValueError(f"route: top_k={top_k} is not between 1 and the {experts // num_groups * top_groups} experts a token may choose from")
+    reachable = experts // num_groups * top_groups
+    if not 1 <= top_k <= reachable:
+        raise ValueError(f"route: top_k={top_k} is not between 1 and the {reachable} experts that a token may choose from")
     return _ROUTE(
         backend,
         logits_TE,

@@ -114,7 +114,8 @@ class ModelConfig(Section):
     head_dim: PositiveInt | None = None
     """Width of a head; null: hidden_size / num_heads. Even."""
     dense_hidden_size: PositiveInt | None = None
-    """Width of the SwiGLU in layers without experts; null: with experts (top_k + shared) · expert_hidden_size, else 8/3 · hidden_size rounded up to 64."""
+    """Width of the SwiGLU in layers without experts; null: (top_k + shared) · expert_hidden_size in a model with experts, else 8/3 ·
+    hidden_size rounded up to a multiple of 64."""
     norm_epsilon: PositiveFloat = 1e-6
     """Added to the mean square in every RMSNorm."""
     tie_embeddings: bool = False

@@ -27,9 +27,7 @@ class DecoderLayer(nn.Module):
     Shape: x_BSD → ([B, S, D], the router's statistics or None in a dense layer).
     """
 
-    def __init__(
-        self, config: ModelConfig, index: int, *, recompute: bool, kernels: str, dtype: torch.dtype, device: torch.device | str
-    ):
+    def __init__(self, config: ModelConfig, index: int, *, recompute: bool, kernels: str, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         common = {"kernels": kernels, "dtype": dtype, "device": device}
         # Each of the 2 · num_layers additions grows the residual stream's variance (GPT-2, section 2.3).
