@@ -105,6 +105,12 @@ class _Reader:
             return self.attributes[cls, name]
         return frozenset().union(*(self.member(base, name) for base in self.bases.get(cls, []) if base != cls))
 
+    @staticmethod
+    def any_section_in(types: Types) -> Types:
+        """Sections that a name we cannot see may stand for; scalars are not counted as read that way."""
+        fields = [field for kind, of in types if kind == "section" for field in of.model_fields.values()]
+        return frozenset(("section", inner) for field in fields for inner in sections_in(field.annotation) if not is_list(field.annotation))
+
     def section_member(self, cls: type[Section], name: str) -> Types:
         """A section's own property or method: what it reads counts where it is used, and what it returns."""
         if (cls, name) not in self.members:
@@ -280,7 +286,8 @@ class _Reader:
             method = self.value(node.func, env)
         first = arguments[0] if arguments else NOTHING
         if name == "getattr" and len(arguments) > 1:
-            return frozenset().union(*(self.attribute(first, text) for kind, text in arguments[1] if kind == "text"))
+            named = frozenset().union(*(self.attribute(first, text) for kind, text in arguments[1] if kind == "text"))
+            return named or self.any_section_in(first)
         if name == "enumerate":
             return frozenset({("list", frozenset({("tuple", (NOTHING, self.items(first)))}))})
         if name == "zip":

@@ -93,6 +93,11 @@ def test_reader_reports_what_is_not_read() -> None:
         assert unread(Root, [READ_ALL.replace(read, "None")]) == [key]
 
 
+def test_a_name_that_cannot_be_seen_stands_for_any_section_but_for_no_scalar() -> None:
+    found = unread(Root, ["def f(root: Root, name: str):\n    getattr(root.middle, name)\n    return getattr(root, name).depth\n"])
+    assert "middle.depth (Middle)" not in found and "middle.height (Middle)" in found
+
+
 def test_declarations_type_names_but_do_not_read() -> None:
     declared = "def load() -> Root:\n    root = Root()\n    root.middle.height\n    return root\n"
     found = unread(Root, ["def f():\n    root = load()\n    return root.middle.depth\n"], [declared])
