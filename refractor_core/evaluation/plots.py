@@ -109,13 +109,18 @@ def gradient_norm(figure: Figure, record: RunRecord) -> None:
     """Global gradient norm before clipping, and where clipping begins."""
     axes = figure.subplots()
     values = record.series("grad_norm")
-    _line(axes, record.step_numbers, np.where(values > 0, values, np.nan), BLUE, linewidth=1.1)
+    values = np.where(values > 0, values, np.nan)
+    _line(axes, record.step_numbers, values, BLUE, linewidth=1.1)
     clip = record.config.stability.gradient_clip_norm
     axes.axhline(clip, color=RED, linestyle=(0, (5, 3)), linewidth=1.2, label=f"clipped above {clip:g}")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    shown = np.append(values[np.isfinite(values)], clip)
+    if shown.max() > 10 * shown.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    else:
+        axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     _bands(axes, [], record)
     axes.set_xlabel("step")
     axes.legend(loc="upper right")

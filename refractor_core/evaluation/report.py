@@ -89,7 +89,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     if record.events:
         facts.append(("began", _time(record.events[0].get("time"))))
     if record.status.get("time"):
-        facts.append(("last word", _time(record.status["time"])))
+        facts.append(("updated", _time(record.status["time"])))
     return facts
 
 
@@ -189,7 +189,7 @@ def _pictures(record: RunRecord) -> dict[str, list[tuple[str, str]]]:
         made["loss"] = _two(lambda figure: plots.loss(figure, record), (880, 330), (360, 300), "loss", _loss_words(record))
         for name, draw, words in (
             ("learning-rate", plots.learning_rate, "Learning rate over the steps, with the phases of its schedule."),
-            ("gradient-norm", plots.gradient_norm, "Global gradient norm before clipping over the steps, on a logarithmic axis."),
+            ("gradient-norm", plots.gradient_norm, "Global gradient norm before clipping over the steps, and where clipping begins."),
             ("throughput", plots.throughput, "Tokens per second of each step."),
         ):
             made[name] = [("", svg(lambda figure, draw=draw: draw(figure, record), (380, 220), name, words))]
@@ -224,7 +224,7 @@ def _router_pictures(record: RunRecord) -> dict[str, list[tuple[str, str]]]:
         for domain, counts in layer["domains"].items()
         if sum(counts)
     ]
-    if 0 < len(by_domain) <= 60:
+    if len(rows) < len(by_domain) <= 60:  # more than one domain
         words = "Experts' share of the tokens over the balanced share, by domain and layer."
         by_domain.sort(key=lambda row: row[0].rpartition(" · ")[0])
         size = (380, 60 + 22 * len(by_domain))
