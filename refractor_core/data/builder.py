@@ -64,6 +64,7 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
         OSError: writing failed, for instance because the disk is full.
     """
     target = Path(config.data.dir)
+    target = target.resolve() if target.is_symlink() else target  # the link stays, what it leads to is exchanged
     recover(target)
     if not force and (existing := _existing(target, config)) is not None:
         _say(f"{target}: the dataset is already built (manifest {existing.sha256[:12]}); --force builds it anew")
@@ -77,7 +78,7 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
     except OSError as error:
         reason = error.strerror or error
         message = f"{reason}; building {target} failed and left nothing behind; make room or check permissions, then build again"
-        raise OSError(error.errno, message) from error
+        raise OSError(*([] if error.errno is None else [error.errno]), message) from error
     dataset = Dataset.open(target)
     _summarise(dataset)
     return dataset

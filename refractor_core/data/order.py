@@ -146,6 +146,16 @@ class BatchPlan:
             raise ValueError(f"step {step}: curriculum.stages cover the steps from 0 to {self.stages[-1].until_step - 1}")
         return self.stages[bisect.bisect_right([stage.until_step for stage in self.stages], step)]
 
+    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the rows of the global batch of ``step`` are read: source, and first token in the source's stream, both int64 [B].
+
+        Raises:
+            ValueError: the curriculum does not reach ``step``.
+        """
+        stage, rows = self._stage(step), self.global_batch_size
+        source_B, rank_B = self._mixture.locate(np.arange(rows) + (step - stage.first_step) * rows)
+        return source_B, self._place(stage, source_B, rank_B).start
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """One rank's rows of the global batch of ``step`` (from 0): the ``rank``-th of ``world`` contiguous slices, as even as possible.
 
@@ -153,10 +163,8 @@ class BatchPlan:
             ValueError: the curriculum does not reach ``step``.
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        stage, rows = self._stage(step), self.global_batch_size
-        length = stage.length
-        source_B, rank_B = self._mixture.locate(np.arange(rows) + (step - stage.first_step) * rows)
-        start_B = self._place(stage, source_B, rank_B).start
+        length, rows = self._stage(step).length, self.global_batch_size
+        source_B, start_B = self.windows(step)
         # Documents that begin at one of a sample's targets: between first and last among all documents.
         global_B = start_B + self._base_s[source_B]
         first_B = np.searchsorted(self._begins, global_B, side="right")

@@ -8,6 +8,8 @@ The round function is SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014
 import numpy as np
 
 ROUNDS = 4
+TURNS = np.arange(ROUNDS, dtype=np.uint64)[:, None]
+ONE = np.uint64(1)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 S30, S27, S31 = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -29,23 +31,24 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
         size: int64 [n], below 2^52.
         key: uint64 [n]; elements with equal size and key share a permutation.
     """
-    left = np.ceil(np.sqrt(size)).astype(np.int64)
-    right = (size + left - 1) // left
-    keys = [mix(key + np.uint64(turn)) for turn in range(ROUNDS)]
-    result = _feistel(index, left, right, keys)
-    outside = np.flatnonzero(result >= size)
+    left = np.ceil(np.sqrt(size)).astype(np.uint64)
+    bound = size.astype(np.uint64)
+    right = (bound + left - ONE) // left
+    keys = mix(key + TURNS)
+    result = _feistel(index.astype(np.uint64), left, right, keys)
+    outside = np.flatnonzero(result >= bound)
     while len(outside):
-        result[outside] = _feistel(result[outside], left[outside], right[outside], [part[outside] for part in keys])
-        outside = outside[result[outside] >= size[outside]]
-    return result
+        result[outside] = _feistel(result[outside], left[outside], right[outside], keys[:, outside])
+        outside = outside[result[outside] >= bound[outside]]
+    return result.astype(np.int64)
 
 
-def _feistel(index: np.ndarray, left: np.ndarray, right: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
-    high, low = index // right, index % right
-    unsigned = left.astype(np.uint64), right.astype(np.uint64)
+def _feistel(index: np.ndarray, left: np.ndarray, right: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """One pass of the network over Z_left × Z_right; ``keys`` is [ROUNDS, n], all uint64."""
+    high, low = np.divmod(index, right)
     for turn, key in enumerate(keys):
         if turn % 2:
-            low = (low + (mix(high.astype(np.uint64) ^ key) % unsigned[1]).astype(np.int64)) % right
+            low = (low + mix(high ^ key) % right) % right
         else:
-            high = (high + (mix(low.astype(np.uint64) ^ key) % unsigned[0]).astype(np.int64)) % left
+            high = (high + mix(low ^ key) % left) % left
     return high * right + low

@@ -9,6 +9,7 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import sysconfig
 import warnings
 import zlib
@@ -52,7 +53,12 @@ def list_files(source: SourceConfig, key: str) -> list[SourceFile]:
             f"{key}.path = {source.path!r} (source {source.name!r}): no file matches; "
             f"globs are relative to the working directory, {Path.cwd()}"
         )
-    return [SourceFile(Path(name), Path(name).as_posix()) for name in names]
+    return [SourceFile(Path(name), _printable(Path(name).as_posix())) for name in names]
+
+
+def _printable(name: str) -> str:
+    """The name with bytes that are no UTF-8, which file systems allow, spelled out."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def read_file(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unreadable]:
@@ -137,16 +143,14 @@ def _list_stdlib(domain: str) -> list[SourceFile]:
         return _list_licenses(library, packages_folder())
     suffixes = {".py"} if domain == "code" else {".py", ".rst", ".txt", ".md"}
     files = []
-    for path in sorted(library.rglob("*")):
-        label = path.relative_to(library).as_posix()
-        folders = set(label.split("/")[:-1])
-        if path.suffix not in suffixes or folders & SKIPPED_FOLDERS or any(folder.startswith("config-") for folder in folders):
-            continue
-        # The build's own settings name folders of this machine; licences are a domain of their own; the topics are prose.
-        if path.name.startswith("_sysconfigdata") or _is_license(path) or (domain == "code" and label == TOPICS) or not path.is_file():
-            continue
-        files.append(SourceFile(path, label))
-    return files
+    for root, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("config-")]
+        for path in (Path(root, name) for name in names if Path(name).suffix in suffixes):
+            label = path.relative_to(library).as_posix()
+            # The build's own settings name folders of this machine; licences are a domain of their own; the topics are prose.
+            if not (path.name.startswith("_sysconfigdata") or _is_license(path) or (domain == "code" and label == TOPICS)):
+                files.append(SourceFile(path, label))
+    return sorted(files, key=lambda file: file.label)
 
 
 def _list_licenses(library: Path, packages: Path) -> list[SourceFile]:

@@ -36,7 +36,7 @@ def validate(dataset: Dataset, config: RunConfig, *, full: bool = False) -> list
         findings.append(f"{UNIGRAM}: is not the count of the training tokens")
     if full and dataset.manifest.config["data"]["tokenizer"]["kind"] == "train_bpe":
         findings += _texts(dataset)
-    return findings + _mix(BatchPlan(dataset, config))
+    return findings + _mix(dataset, config)
 
 
 def _provenance(dataset: Dataset) -> list[str]:
@@ -95,8 +95,12 @@ def _texts(dataset: Dataset) -> list[str]:
     return findings
 
 
-def _mix(plan: BatchPlan) -> list[str]:
-    """Stages whose realised shares are off their targets."""
+def _mix(dataset: Dataset, config: RunConfig) -> list[str]:
+    """Stages that the dataset is too small for, or whose realised shares are off their targets."""
+    try:
+        plan = BatchPlan(dataset, config)
+    except ValueError as error:
+        return [str(error)]
     findings = []
     for stage in plan.describe():
         for name, realised in stage["sources"].items():

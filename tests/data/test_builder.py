@@ -167,6 +167,15 @@ def test_a_built_dataset_is_returned_refused_or_replaced(tmp_path: Path, capsys:
     assert Dataset.open(config.data.dir).check_config(mixed) == []
 
 
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    config = one_source(tmp_path / "a", [words(number, 100) for number in range(10)])
+    (tmp_path / "elsewhere").mkdir()
+    Path(config.data.dir).symlink_to(tmp_path / "elsewhere")
+    before = build(config).sha256
+    assert build(config, force=True).sha256 == before
+    assert Path(config.data.dir).is_symlink() and entries(tmp_path) == ["a", "elsewhere"]
+
+
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     config = one_source(tmp_path, [words(number, 100) for number in range(10)])
     (tmp_path / "dataset").mkdir()

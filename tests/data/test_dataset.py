@@ -167,6 +167,13 @@ def test_a_mix_off_its_target_is_found(built: tuple[Dataset, RunConfig], monkeyp
     assert any("curriculum.stages.0: books gets" in finding for finding in validate(*built))
 
 
+def test_a_curriculum_that_the_dataset_is_too_small_for_is_found(built: tuple[Dataset, RunConfig]) -> None:
+    dataset, config = built
+    curriculum = config.curriculum.model_validate({"stages": [{"until_step": 10, "sequence_length": 10**6}]})
+    (finding,) = validate(dataset, config.model_copy(update={"curriculum": curriculum}))
+    assert "curriculum.stages.0.sequence_length = 1000000: source 'books'" in finding
+
+
 @pytest.fixture
 def document(copy: tuple[Path, RunConfig], tmp_path: Path) -> Path:
     """The copy's configuration as a file."""

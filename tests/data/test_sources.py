@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -109,6 +110,12 @@ def test_unreadable_files_are_told_and_the_rest_is_read(tmp_path: Path) -> None:
 def test_a_path_that_matches_nothing_is_an_error_with_key_and_source(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.sources.3.path = '.*none.*' \(source 'books'\): no file matches"):
         list_files(text_source(tmp_path / "none*.txt"), "data.sources.3")
+
+
+def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("text")
+    (found,) = read(text_source(tmp_path / "*.txt"))
+    assert found.path == f"{tmp_path}/caf\\xe9.txt" and len(found.id) == 16
 
 
 def test_ids_depend_on_source_and_path_only() -> None:
