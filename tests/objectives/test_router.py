@@ -128,6 +128,19 @@ def test_gradients_flow_through_affinities_and_not_through_counts():
     torch.testing.assert_close(probability.grad, 4 / (2 * 9 * 2) * r.count_BE, rtol=1e-14, atol=0)
 
 
+def test_the_regret_loss_is_the_hinge_with_its_gradient():
+    """d regret / d s_j = ±1 / (mass of the best · tokens) where a best expert was not taken, or another was taken for it."""
+    s_TE = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]], dtype=torch.float64)
+    logits = s_TE.log()[None].requires_grad_()
+    bias_E = torch.tensor([0.0, 0.0, 0.4], dtype=torch.float64)  # token 0 takes expert 2 instead of 0; token 1 keeps expert 0
+    value = RouterLosses(config(), STEPS)((statistics(logits, 1, 0, bias_E),), 1, 2, 500)[0]["regret"]
+    assert value.item() == pytest.approx((0.5 - 0.2) / 0.5 / 2, rel=1e-14)
+    slope_E = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64) / 0.5 / 2
+    jacobian = s_TE[0].diag() - s_TE[0][:, None] * s_TE[0]
+    expected = torch.stack([slope_E @ jacobian, torch.zeros(3, dtype=torch.float64)])
+    torch.testing.assert_close(torch.autograd.grad(value, logits)[0][0], expected, rtol=1e-13, atol=1e-16)
+
+
 @pytest.mark.parametrize("step, active", [(0, False), (19, False), (20, True), (999, True)])
 def test_regret_sets_in_after_its_share_of_the_steps(step, active):
     (logits, bias_E, previous_LE) = batch(3, 2, 3, 4, 1)

@@ -90,9 +90,9 @@ def test_micro_batches_and_ranks_add_up(seed, cut, rank_cut):
 
 
 def test_counts_stay_exact_beyond_what_float32_holds():
-    r = dataclasses.replace(even(1, 4, 4, 1), count_BE=torch.full((1, 4), 2.0**24, dtype=torch.float32))
-    one = dataclasses.replace(r, count_BE=torch.ones(1, 4))
-    assert totals((r,), (one,), (one,)).counts_LE.tolist() == [[2.0**24 + 2] * 4]
+    many = dataclasses.replace(even(2, 4, 4, 1), count_BE=torch.tensor([[2.0**24] * 4, [1.0] * 4]))
+    one = dataclasses.replace(many, count_BE=torch.tensor([[1.0] * 4, [0.0] * 4]))
+    assert totals((many,), (one,), (one,)).counts_LE.tolist() == [[2.0**24 + 3] * 4]
 
 
 def test_no_graph_is_kept():
