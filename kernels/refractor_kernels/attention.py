@@ -69,7 +69,7 @@ def reference(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor
         flat = [t.flatten(0, 1).unsqueeze(0) for t in (q_BSHD, k_BSGD, v_BSGE)]
         bounds = cu_seqlens.tolist()
         pieces = [_sdpa(*(t[:, low:high] for t in flat), scale, None) for low, high in zip(bounds, bounds[1:], strict=False) if low < high]
-        return torch.cat(pieces, dim=1).view(batch, length, heads, -1)
+        return torch.cat(pieces, dim=1).view(batch, length, heads, v_BSGE.shape[-1])
     return _windowed(q_BSHD, k_BSGD, v_BSGE, ids_BS, scale, window)
 
 
@@ -111,7 +111,7 @@ def reference_with_lse(
     scores = (torch.einsum("bsgrd,btgd->bgrst", q_BSGRD, k) * scale).masked_fill(~mask.unsqueeze(2), float("-inf"))
     lse = scores.logsumexp(-1)
     out = torch.einsum("bgrst,btge->bsgre", (scores - lse.unsqueeze(-1)).exp(), v)
-    return out.reshape(batch, length, heads, -1).to(v_BSGE.dtype), lse.reshape(batch, heads, length)
+    return out.reshape(batch, length, heads, v.shape[-1]).to(v_BSGE.dtype), lse.reshape(batch, heads, length)
 
 
 _ATTENTION = Op("attention", reference)

@@ -67,7 +67,7 @@ def grouped_outer(g_MO: Tensor, a_MI: Tensor, ends_E: Tensor) -> Tensor:
 def _pairs(rows_MD: Tensor, order_M: Tensor, tokens: int, top_k: int) -> Tensor:
     """Sorted rows back at their places [T, K, D], zero where a pair was dropped."""
     make = rows_MD.new_empty if len(order_M) == tokens * top_k else rows_MD.new_zeros
-    return make(tokens * top_k, rows_MD.shape[1]).index_copy_(0, order_M, rows_MD).view(tokens, top_k, -1)
+    return make(tokens * top_k, rows_MD.shape[1]).index_copy_(0, order_M, rows_MD).view(tokens, top_k, rows_MD.shape[1])
 
 
 class _Experts(torch.autograd.Function):

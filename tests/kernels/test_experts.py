@@ -1,0 +1,140 @@
+"""experts and route: against the written-out formulas over every shape, and what relabelling and permuting must not change."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refractor_kernels import experts, route
+from tests.kernels import oracles
+
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def problem(tokens: int, count: int, top_k: int, width: int, hidden: int, seed: int, to_one: bool = False, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    x, gate_up, down = randn(tokens, width), randn(count, 2 * hidden, width) * width**-0.5, randn(count, width, hidden) * hidden**-0.5
+    indices = torch.stack([torch.randperm(count, generator=g)[:top_k] for _ in range(tokens)]) if tokens else torch.zeros(0, top_k).long()
+    indices = torch.zeros_like(indices) if to_one else indices.masked_fill(torch.rand(tokens, top_k, generator=g) < 0.1, -1)
+    weights = torch.rand(tokens, top_k, generator=g, dtype=torch.float64) * (torch.rand(tokens, top_k, generator=g) > 0.1)
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    return [x.to(dtype), gate_up.to(dtype), down.to(dtype), indices, weights.to(kept)]
+
+
+SHAPES = {
+    "tokens": st.integers(0, 17),
+    "count": st.integers(1, 7),
+    "top": st.integers(1, 3),
+    "width": st.sampled_from([3, 8, 16]),
+    "hidden": st.sampled_from([1, 5, 8]),
+    "seed": st.integers(0, 99),
+    "to_one": st.booleans(),
+}
+
+
+@FAST
+@given(**SHAPES)
+def test_experts_float64_equals_the_formula(tokens, count, top, width, hidden, seed, to_one):
+    inputs = problem(tokens, count, min(top, count), width, hidden, seed, to_one)
+    oracles.assert_exact(oracles.values_and_gradients(experts, inputs), oracles.values_and_gradients(oracles.experts, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@FAST
+@given(**SHAPES | {"tokens": st.integers(8, 24)})
+def test_experts_low_precision_is_as_good_as_the_plain_op(dtype, tokens, count, top, width, hidden, seed, to_one):
+    inputs = problem(tokens, count, min(top, count), width, hidden, seed, to_one, dtype)
+    exact = [t.double() if t.is_floating_point() else t for t in inputs]
+    oracles.assert_near(
+        oracles.values_and_gradients(experts, inputs),
+        oracles.values_and_gradients(oracles.experts, inputs),
+        oracles.values_and_gradients(oracles.experts, exact),
+    )
+
+
+def test_grouped_gemm_and_the_loop_over_experts_agree():
+    family = importlib.import_module("refractor_kernels.experts")
+    inputs = problem(64, 5, 2, 16, 8, 0, dtype=torch.float32)
+    assert family._grouped_supported(inputs[0], inputs[1])
+    assert not family._grouped_supported(inputs[0].double(), inputs[1].double())
+    got = oracles.values_and_gradients(experts, inputs)
+    exact = oracles.values_and_gradients(experts, [t.double() if t.is_floating_point() else t for t in inputs])
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_of_outputs_has_a_gradient():
+    x, gate_up, down, indices, weights = problem(32, 4, 2, 16, 8, 0, dtype=torch.bfloat16)
+    gate_up.requires_grad_()
+    experts(x, gate_up, down, indices, weights).sum().backward()  # an expanded gradient, which grouped_mm alone refuses
+    assert gate_up.grad.any()
+
+
+def test_relabelled_experts_and_permuted_tokens_change_nothing_else():
+    x, gate_up, down, indices, weights = problem(20, 5, 2, 8, 8, 1)
+    y = experts(x, gate_up, down, indices, weights)
+    label = torch.randperm(5, generator=torch.Generator().manual_seed(0))
+    relabelled = torch.where(indices >= 0, label.argsort()[indices.clamp(min=0)], -1)
+    torch.testing.assert_close(experts(x, gate_up[label], down[label], relabelled, weights), y, rtol=0, atol=1e-13)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(experts(x[order], gate_up, down, indices[order], weights[order]), y[order], rtol=0, atol=1e-13)
+
+
+def test_dropped_pairs_cost_nothing_and_get_no_gradient():
+    x, gate_up, down, indices, weights = problem(6, 3, 2, 8, 8, 2)
+    indices, weights = indices.clamp(min=0), weights.clamp(min=0.1)
+    weights[1, 0] = 0
+    indices[2] = -1
+    weights.requires_grad_()
+    y = experts(x * torch.tensor([1, 1, float("nan"), 1, 1, 1]).unsqueeze(1), gate_up, down, indices, weights)
+    assert not y[2].any() and y.isfinite().all()
+    y.sum().backward()
+    assert weights.grad[1, 0] == 0 and not weights.grad[2].any() and weights.grad[0].all()
+
+
+@FAST
+@given(
+    tokens=st.integers(0, 6),
+    size=st.integers(2, 4),
+    num_groups=st.integers(1, 4),
+    top_groups=st.integers(1, 4),
+    top=st.integers(1, 6),
+    scoring=st.sampled_from(["softmax", "sigmoid"]),
+    normalize=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_route_equals_the_formula(tokens, size, num_groups, top_groups, top, scoring, normalize, biased, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, size * num_groups, generator=g, dtype=torch.float64)
+    bias = torch.randn(size * num_groups, generator=g, dtype=torch.float64) * 0.3 if biased else None
+    top_groups = min(top_groups, num_groups)
+    options = {
+        "top_k": min(top, size * top_groups), "scoring": scoring, "normalize": normalize, "num_groups": num_groups,
+        "top_groups": top_groups, "scale": 1.7,
+    }  # fmt: skip
+    weights, indices, affinities = route(logits, bias, **options)
+    expected_weights, expected_indices = oracles.route(logits, bias, **options)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-12, atol=0)
+    torch.testing.assert_close(affinities, logits.softmax(-1) if scoring == "softmax" else logits.sigmoid())
+
+
+def test_route_gradients_and_ties_and_precision():
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: route(z, top_k=2, scoring="sigmoid", scale=2.0)[0], (logits,))
+    assert torch.autograd.gradcheck(lambda z: route(z, top_k=2, normalize=False)[2], (logits,))
+    assert route(torch.zeros(2, 5), top_k=3)[1].tolist() == [[0, 1, 2]] * 2
+    weights, _, affinities = route(logits.detach().bfloat16(), top_k=2)
+    assert weights.dtype == affinities.dtype == torch.float32
+    assert route(torch.full((1, 4), -200.0), top_k=2, scoring="sigmoid")[0].isfinite().all()
+
+
+def test_the_bias_sways_the_choice_and_not_the_weights():
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 1.0])
+    weights, indices, affinities = route(logits, bias, top_k=2, normalize=False)
+    assert indices.tolist() == [[2, 0]]
+    assert torch.equal(weights, affinities[:, [2, 0]])
