@@ -16,9 +16,10 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from refractor_core.config.loading import load_run
+    from refractor_core.parallel.layout import Layout
     from refractor_core.train.directory import RunDirectory
     from refractor_core.train.launch import join, start_torchrun
-    from refractor_core.train.runtime import Place, check_layout
+    from refractor_core.train.runtime import Place
 
     place = Place.from_environment()
     joined = place.world_size if args.nproc is None else args.nproc
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print("error: --nproc starts torchrun, but this process already runs under it; leave one of the two out", file=sys.stderr)
         return 2
     config = load_run(args.config, args.overrides, world_size=joined)
-    check_layout(config, joined)
+    Layout.from_config(config.parallel, joined)
     directory = RunDirectory(Path(config.run.dir))
     if args.nproc is not None and args.nproc > 1:
         return start_torchrun([args.config, *args.overrides], args.nproc, directory, config)

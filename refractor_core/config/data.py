@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.section import Section
 
@@ -70,12 +70,6 @@ class TokenizerConfig(Section):
     def _path_implies_file(cls, value: object) -> object:
         return {"kind": "file", **value} if isinstance(value, dict) and value.get("path") else value
 
-    @model_validator(mode="after")
-    def _path_belongs_to_file(self) -> "TokenizerConfig":
-        if (self.kind == "file") != (self.path is not None):
-            raise ValueError("kind: file needs a path to a tokenizer.json, and kind: train_bpe takes none")
-        return self
-
 
 class FilterConfig(Section):
     """Heuristics that a document must pass (after Gopher, arXiv 2112.11446, appendix A). Every removal leaves an audit row."""
@@ -128,14 +122,6 @@ class DataConfig(Section):
     heldout_share: float = Field(0.02, gt=0, lt=0.5)
     """Share of the documents, chosen by hash, that training never sees and evaluation reads."""
 
-    @field_validator("sources")
-    @classmethod
-    def _names_are_unique(cls, sources: tuple) -> tuple:
-        names = [source.name for source in sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"each source needs a name of its own; used more than once: {', '.join(twice)}")
-        return sources
-
 
 class StageConfig(Section):
     """A stretch of training at one context length."""
@@ -151,11 +137,3 @@ class CurriculumConfig(Section):
 
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """In order; the last one ends at ``run.steps`` or later."""
-
-    @field_validator("stages")
-    @classmethod
-    def _ends_ascend(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-        ends = [stage.until_step for stage in stages]
-        if any(later <= earlier for earlier, later in zip(ends, ends[1:])):
-            raise ValueError(f"until_step must grow from stage to stage, but reads {ends}")
-        return stages

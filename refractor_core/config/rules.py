@@ -1,4 +1,4 @@
-"""Rules that hold between keys of a run's document. What concerns one section alone is checked there, by the schema's own validators.
+"""Rules that hold between keys of a run's document; what a single value may be is the schema's business.
 
 A rule is a small generator of problems. It reads the keys it needs; when the schema has refused one of them, the rule is silent, because
 that mistake is already reported.
@@ -125,10 +125,10 @@ def only_data_parallelism(config: RunConfig, world_size: int | None) -> Iterator
 
 def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     batch, parallel = config.batch, config.parallel
-    if parallel.data_shard != "auto":
-        ranks = parallel.data_shard * parallel.data_replicate
+    if parallel.data_shard != "auto" or world_size is None:
+        ranks = (1 if parallel.data_shard == "auto" else parallel.data_shard) * parallel.data_replicate
     else:
-        ranks = world_size or parallel.data_replicate
+        ranks = max(1, world_size // (parallel.pipeline * parallel.context * parallel.tensor))
     share = batch.micro_batch_size * ranks
     if batch.global_batch_size % share:
         nearest = max(1, round(batch.global_batch_size / share)) * share
@@ -136,6 +136,31 @@ def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Proble
             f"must be a multiple of micro_batch_size × data-parallel ranks = {batch.micro_batch_size} × {ranks}; the nearest is {nearest}"
         )
         yield Problem("batch.global_batch_size", batch.global_batch_size, expected)
+
+
+def source_names(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    seen: dict[str, int] = {}
+    for index, source in enumerate(config.data.sources):
+        if source.name in seen:
+            expected = f"is the name of data.sources.{seen[source.name]} too; give each source a name of its own"
+            yield Problem(f"data.sources.{index}.name", source.name, expected)
+        seen.setdefault(source.name, index)
+
+
+def tokenizer_path(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    kind, path = config.data.tokenizer.kind, config.data.tokenizer.path
+    if kind == "file" and path is None:
+        yield Problem("data.tokenizer.path", None, "kind: file needs the path of a Hugging Face tokenizer.json")
+    if kind == "train_bpe" and path is not None:
+        yield Problem("data.tokenizer.path", path, "kind: train_bpe takes none; leave out the kind, or the path")
+
+
+def stages_ascend(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    stages = config.curriculum.stages
+    for index in range(1, len(stages)):
+        if stages[index].until_step <= stages[index - 1].until_step:
+            expected = f"must be above the stage before it, which ends at {stages[index - 1].until_step}"
+            yield Problem(f"curriculum.stages.{index}.until_step", stages[index].until_step, expected)
 
 
 def curriculum_covers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -187,6 +212,9 @@ RULES: tuple[Rule, ...] = (
     dense_layers,
     only_data_parallelism,
     batch_division,
+    source_names,
+    tokenizer_path,
+    stages_ascend,
     curriculum_covers,
     warmup_fits,
     vocabulary,

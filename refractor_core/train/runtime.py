@@ -56,9 +56,9 @@ class Runtime:
         """Joins the world and leaves it again. The layout is checked before any process group exists.
 
         Raises:
-            ConfigError: the layout does not fit the world, the batch not the layout, or the device is not there.
+            ConfigError: the layout does not fit the world, or the device is not there.
         """
-        layout = check_layout(config, place.world_size)
+        layout = Layout.from_config(config.parallel, place.world_size)
         device = _device(config, place)
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
         if place.world_size > 1:
@@ -68,26 +68,6 @@ class Runtime:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def check_layout(config: RunConfig, world_size: int) -> Layout:
-    """The layout of this many ranks.
-
-    Raises:
-        ConfigError: the degrees do not multiply to the world, or the global batch does not divide into micro batches over the data ranks.
-    """
-    layout = Layout.from_config(config.parallel, world_size)
-    batch = config.batch
-    if batch.global_batch_size % layout.data:
-        near = max(1, round(batch.global_batch_size / layout.data)) * layout.data
-        expected = f"must be a multiple of the {layout.data} data-parallel ranks; {near} is the nearest"
-        raise ConfigError([Problem("batch.global_batch_size", batch.global_batch_size, expected)])
-    if batch.global_batch_size // layout.data % batch.micro_batch_size:
-        per_rank = batch.global_batch_size // layout.data
-        fitting = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
-        expected = f"must divide the {per_rank} sequences of a rank; possible are {fitting}"
-        raise ConfigError([Problem("batch.micro_batch_size", batch.micro_batch_size, expected)])
-    return layout
 
 
 def _device(config: RunConfig, place: Place) -> torch.device:

@@ -127,6 +127,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
+@torch.no_grad()
 def copy_named(targets: dict[str, Tensor], sources: dict[str, Tensor], where: str) -> None:
     """Copies tensors by name.
 
