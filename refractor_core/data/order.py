@@ -96,6 +96,7 @@ class BatchPlan:
         first, epoch_s, cursor_s = 0, np.zeros_like(self._tokens_s), np.zeros_like(self._tokens_s)
         for number, entry in enumerate(config.curriculum.stages):
             length = entry.sequence_length
+            assert entry.until_step > first, "the configuration's rules let stages only follow one another"
             for name, tokens in zip(self._names, self._tokens_s):
                 if tokens <= length:
                     raise ValueError(

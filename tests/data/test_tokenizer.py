@@ -75,9 +75,3 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="model.vocab_size = 256: .* at least 257"):
         TextTokenizer.train(["text"], 256, EOS)
     assert TextTokenizer.train(["text"], 257, EOS).size == 257
-
-
-@pytest.mark.parametrize("section", [{"kind": "file"}, {"kind": "train_bpe", "path": "tokenizer.json"}])
-def test_kind_and_path_belong_together(section: dict) -> None:
-    with pytest.raises(ValueError, match="kind: file needs a path"):
-        TokenizerConfig.model_validate(section)
