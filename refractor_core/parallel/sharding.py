@@ -142,16 +142,21 @@ def _normal_chunks(key: int, spec: ShardSpec) -> Iterator[tuple[int, Tensor]]:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int) -> None:
+def initialise(module: nn.Module, seed: int, masters: Mapping[str, Tensor] | None = None) -> None:
     """Fills every parameter made by ``parameter``: a value depends on (seed, name, global index), never on the layout.
 
     The whole tensor is never built: memory beyond the parameters is a few chunks of 2^20 elements.
+
+    Args:
+        masters: name → master weights, filled with the same values before a parameter's low precision rounds them.
     """
-    for name, target in module.named_parameters():
-        if target.init_std is None:
-            target.fill_(target.init_fill)
+    for name, p in module.named_parameters():
+        targets = [p, masters[name]] if masters and masters[name] is not p else [p]
+        if p.init_std is None:
+            for target in targets:
+                target.fill_(p.init_fill)
             continue
         key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
-        flat = target.view(-1)
-        for first, values in _normal_chunks(key, target.spec):
-            flat[first : first + len(values)] = (values * target.init_std).to(target.dtype)
+        for first, values in _normal_chunks(key, p.spec):
+            for target in targets:
+                target.view(-1)[first : first + len(values)] = values * p.init_std

@@ -29,7 +29,7 @@ _FREE_TO_CHANGE = (
     "evaluation",
     "faults",
 )
-"""Keys that a resumed run may change: they alter no step that is done. ``curriculum`` has a check of its own."""
+"""Keys that a resumed run may change: they alter no step that is done. Whether ``curriculum`` does, the batches' fingerprint tells."""
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,20 @@ class RunDirectory:
             os.fsync(file.fileno())
         draft.replace(self.config)
 
-    def check_same_run(self, config: RunConfig, step: int) -> None:
+    def check_same_run(self, config: RunConfig) -> None:
         """Refuses to go on with another run's checkpoint.
 
         Raises:
-            ConfigError: with every key that differs and matters for the ``step`` steps already done.
+            ConfigError: with every key that differs and would have changed the steps already done.
         """
         if not self.config.is_file():
             return
         before, now = load_run(self.config).model_dump(mode="json"), config.model_dump(mode="json")
-        stages = before["curriculum"]["stages"], now["curriculum"]["stages"]
         problems = [
             Problem(key, new, f"{self.path} was begun with {old!r}; restore that value, or train into another run.dir")
             for key, old, new in _differences(before, now)
             if not any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE)
         ]
-        if _lengths(stages[0], step) != _lengths(stages[1], step):
-            told = f"changes the {step} steps that {self.path} has done; change later stages only, or train into another run.dir"
-            problems.append(Problem("curriculum.stages", stages[1], told))
         if problems:
             raise ConfigError(problems)
 
@@ -121,13 +117,3 @@ def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str,
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif old != new:
         yield key, old, new
-
-
-def _lengths(stages: list[dict], step: int) -> list[tuple[int, int]]:
-    """(end within the done steps, sequence length) of the stages that the first ``step`` steps saw."""
-    found, begin = [], 0
-    for stage in stages:
-        if begin < step:
-            found.append((min(stage["until_step"], step), stage["sequence_length"]))
-        begin = stage["until_step"]
-    return found

@@ -32,8 +32,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, runtime: Runtime, directory: RunDirectory):
         self.config, self.runtime, self.directory = config, runtime, directory
-        self.dataset = preflight(config, directory)
-        self.plan = BatchPlan(self.dataset, config)
+        self.plan = preflight(config, directory)
         checkpoint, damages = self._newest()
         self.state = TrainState.fresh(config, runtime)
         if checkpoint is not None:
@@ -101,7 +100,7 @@ class Trainer:
         if self.records:
             self.records.sync()
         try:
-            figures = state.figures(self.config, self.dataset.sha256)
+            figures = state.figures(self.config, self.plan)
             path = write(self.directory.checkpoints, state.step, state.tensors(self.runtime.place.rank), figures, self.runtime.world)
         except OSError as error:
             if must:
@@ -147,8 +146,8 @@ class Trainer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def preflight(config: RunConfig, directory: RunDirectory) -> Dataset:
-    """All that can be refused before a process group exists; returns the run's dataset.
+def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
+    """All that can be refused before a process group exists; returns the run's batches.
 
     Raises:
         ConfigError: the schedule breaks a Robbins–Monro sum, the dataset is of another data config, or the run directory of another run.
@@ -163,17 +162,22 @@ def preflight(config: RunConfig, directory: RunDirectory) -> Dataset:
     if differences:
         mend = "rebuild it with 'refractor data build --force', or restore the config"
         raise ConfigError([Problem("data.dir", config.data.dir, f"holds a dataset of another config ({'; '.join(differences)}); {mend}")])
+    plan = BatchPlan(dataset, config)
     for checkpoint in reversed(Checkpoint.listed(directory.checkpoints)):
         try:
             step, trained_on = checkpoint.step, checkpoint.state["dataset_sha256"]
         except DamagedCheckpoint:
             continue  # the trainer walks back past it and says so
-        directory.check_same_run(config, step)
+        directory.check_same_run(config)
         if trained_on != dataset.sha256:
             told = f"holds dataset {dataset.sha256[:12]}, {checkpoint.path} was trained on {trained_on[:12]}; restore that one"
             raise ConfigError([Problem("data.dir", config.data.dir, f"{told}, or train into another run.dir")])
+        if checkpoint.state["batches_sha256"] != plan.fingerprint(step):
+            stages = [stage.model_dump() for stage in config.curriculum.stages]
+            told = f"changes the {step} steps that {directory.path} has done; change later stages only, or train into another run.dir"
+            raise ConfigError([Problem("curriculum.stages", stages, told)])
         break
-    return dataset
+    return plan
 
 
 def _put_aside(damages: list[Damage], directory: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from refractor_core.checkpoint import Checkpoint
 from refractor_core.checkpoint.model import load_model
 from refractor_core.config import RunConfig
+from refractor_core.data import BatchPlan
 from refractor_core.model.decoder import Decoder
 from refractor_core.optim.ema import Ema
 from refractor_core.optim.optimizer import Optimizer
@@ -49,13 +50,13 @@ class TrainState:
             dtype=DTYPES[config.precision.compute],
             device=runtime.device,
         )
-        initialise(model, config.run.seed)
-        given = _initial_weights(config, model)
         torch.manual_seed(config.run.seed + runtime.place.rank)
         gradients = GradientBuffers(model.parameters(), runtime.mesh.axis("data_context"))
         optimizer = Optimizer(model.named_parameters(), config.optimizer)
-        if given:
-            copy_named(optimizer.masters, given, f"run.initial_weights = {config.run.initial_weights}")
+        if config.run.initial_weights is None:
+            initialise(model, config.run.seed, optimizer.masters)
+        else:
+            _take_weights(config.run.initial_weights, model, optimizer.masters)
         ema = Ema(optimizer.masters, config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
         return cls(model, gradients, optimizer, ema, LossScaler(config.precision))
 
@@ -76,7 +77,7 @@ class TrainState:
         """Parameters that are a low-precision copy of their master; the others are saved as the master alone."""
         return {name: p for name, p in self.model.named_parameters() if self.optimizer.masters.get(name) is not p}
 
-    def figures(self, config: RunConfig, dataset_sha: str) -> dict:
+    def figures(self, config: RunConfig, plan: BatchPlan) -> dict:
         """The JSON-able rest; with the model's config a checkpoint can be read without its run."""
         return {
             "step": self.step,
@@ -84,7 +85,8 @@ class TrainState:
             "skipped_in_row": self.skipped_in_row,
             "scaler": self.scaler.state(),
             "model": config.model.model_dump(mode="json"),
-            "dataset_sha256": dataset_sha,
+            "dataset_sha256": plan.dataset.sha256,
+            "batches_sha256": plan.fingerprint(self.step),
         }
 
     @torch.no_grad()
@@ -110,15 +112,11 @@ class TrainState:
         self.scaler.load_state(told["scaler"])
 
 
-@torch.no_grad()
-def _initial_weights(config: RunConfig, model: Decoder) -> dict[str, Tensor]:
-    """Copies ``run.initial_weights`` into the model and returns them unrounded, for the masters."""
-    if config.run.initial_weights is None:
-        return {}
-    given = load_model(config.run.initial_weights, main_dtype(next(model.parameters()).dtype))
-    where = f"run.initial_weights = {config.run.initial_weights}"
-    copy_named(dict(model.named_parameters()), weights := dict(given.named_parameters()), where)
-    return weights
+def _take_weights(path: str, model: Decoder, masters: dict[str, Tensor]) -> None:
+    """Copies the weights at ``path`` into the model, and unrounded into the masters."""
+    given = load_model(path, main_dtype(next(model.parameters()).dtype))
+    for targets in (dict(model.named_parameters()), masters):
+        copy_named(targets, dict(given.named_parameters()), f"run.initial_weights = {path}")
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
