@@ -1,7 +1,7 @@
 """The output head and its cross-entropy in one op, without the logits.
 
-loss_t = logsumexp_v(x_t · w_v) − x_t · w_label(t). Rows are worked off in chunks, forward and again backward (Wijmans et al. 2024,
-arXiv 2411.09009, without the gradient filter: exact), so at most a bounded number of float32 logits exists at a time.
+loss_t = logsumexp_v(x_t · w_v) − x_t · w_label(t). Rows are worked off in slices, forward and again backward (Wijmans et al. 2024,
+arXiv 2411.09009, without the gradient filter: exact), so at most a bounded number of logits exists at a time.
 Legend: T tokens, D model, V vocabulary (v: a slice of it).
 """
 
@@ -14,17 +14,43 @@ from torch.autograd.function import once_differentiable
 from refractor_kernels import check
 from refractor_kernels.dispatch import Op
 
-_CPU_CHUNK = 1 << 21
-_GPU_CHUNK = 1 << 27
-_GRADIENT_CHUNKS = 8
+_LOGITS = 1 << 22
+_GRADIENTS = 1 << 24
+_CPU_BLOCK = 1 << 18
 
 
-def _chunks(tokens: int, vocabulary: int, device: torch.device, group: int = 1) -> Iterator[slice]:
-    """Rows whose logits fit the bound: 8 MiB of float32 on CPU, about its cache; 512 MiB on a GPU."""
-    bound = (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) * group
-    rows = max(1, bound // max(vocabulary, 1))
-    for first in range(0, tokens, rows):
-        yield slice(first, min(first + rows, tokens))
+def _rows(bound: int, tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How many rows of logits fit a bound on elements; a GPU's is larger by 16, for it must be kept busy."""
+    return min(tokens, max(1, bound * (1 if device.type == "cpu" else 16) // max(vocabulary, 1)))
+
+
+def _slices(first: int, last: int, rows: int) -> Iterator[slice]:
+    for start in range(first, last, max(rows, 1)):
+        yield slice(start, min(start + rows, last))
+
+
+class _Logits:
+    """Logits by slices of rows: one GEMM for some thousand rows in the inputs' dtype, of which small blocks that fit the processor's cache
+    are raised to float32 at least. Both buffers are made once and used again."""
+
+    def __init__(self, x_TD: Tensor, w_VD: Tensor, bound: int, dtype: torch.dtype):
+        tokens, vocabulary, device = len(x_TD), len(w_VD), x_TD.device
+        self.rows = _rows(bound, tokens, vocabulary, device)
+        self.block_rows = _rows(_CPU_BLOCK if device.type == "cpu" else bound // 4, tokens, vocabulary, device)
+        self.x_TD, self.w_VD = x_TD, w_VD
+        self.products = x_TD.new_empty(self.rows, vocabulary)
+        self.block = x_TD.new_empty(self.block_rows, vocabulary, dtype=dtype)
+
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their logits in the inputs' dtype), the logits valid until the next."""
+        for rows in _slices(0, len(self.x_TD), self.rows):
+            yield rows, torch.mm(self.x_TD[rows], self.w_VD.T, out=self.products[: rows.stop - rows.start])
+
+    def blocks(self, rows: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, logits, logits in float32 at least) of a slice, valid until the next."""
+        for inner in _slices(rows.start, rows.stop, self.block_rows):
+            part = logits[inner.start - rows.start : inner.stop - rows.start]
+            yield inner, part, self.block[: len(part)].copy_(part)
 
 
 class _Partials(torch.autograd.Function):
@@ -35,12 +61,13 @@ class _Partials(torch.autograd.Function):
     def forward(ctx, x_TD, w_VD, labels_T):
         total = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         max_T, sum_T, target_T = (x_TD.new_zeros(len(x_TD), dtype=total) for _ in range(3))
-        for rows in _chunks(len(x_TD), len(w_VD), x_TD.device):
-            logits = (x_TD[rows] @ w_VD.T).to(total)
-            found = labels_T[rows] >= 0
-            target_T[rows] = logits.gather(1, labels_T[rows].clamp(min=0).unsqueeze(1)).squeeze(1).where(found, 0.0)
-            max_T[rows] = logits.amax(-1)
-            sum_T[rows] = logits.sub_(max_T[rows].unsqueeze(1)).exp_().sum(-1)
+        found_T, index_T1 = labels_T >= 0, labels_T.clamp(min=0).unsqueeze(1)
+        work = _Logits(x_TD, w_VD, _LOGITS, total)
+        for outer, products in work.slices():
+            for rows, _, logits in work.blocks(outer, products):
+                target_T[rows] = logits.gather(1, index_T1[rows]).squeeze(1).where(found_T[rows], 0.0)
+                max_T[rows] = logits.amax(-1)
+                sum_T[rows] = logits.sub_(max_T[rows].unsqueeze(1)).exp_().sum(-1)
         ctx.save_for_backward(x_TD, w_VD, labels_T, max_T)
         ctx.mark_non_differentiable(max_T)
         return max_T, sum_T, target_T
@@ -49,38 +76,32 @@ class _Partials(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, grad_sum_T, grad_target_T):
         x_TD, w_VD, labels_T, max_T = ctx.saved_tensors
-        grad_x = torch.empty_like(x_TD)
-        whole = None
-        for outer in _chunks(len(x_TD), len(w_VD), x_TD.device, _GRADIENT_CHUNKS):
-            # The logits' gradient is joined over a few chunks in the inputs' dtype, so that the weight's GEMM is a large one.
-            grad_logits = x_TD.new_empty(outer.stop - outer.start, len(w_VD))
-            for inner in _chunks(len(grad_logits), len(w_VD), x_TD.device):
-                rows = slice(outer.start + inner.start, outer.start + inner.stop)
-                chunk = (x_TD[rows] @ w_VD.T).to(max_T.dtype)
-                chunk.sub_(max_T[rows].unsqueeze(1)).exp_().mul_(grad_sum_T[rows].unsqueeze(1))
-                found = labels_T[rows] >= 0
-                chunk.scatter_add_(1, labels_T[rows].clamp(min=0).unsqueeze(1), grad_target_T[rows].where(found, 0.0).unsqueeze(1))
-                grad_logits[inner] = chunk
-            torch.mm(grad_logits, w_VD, out=grad_x[outer])
-            if not ctx.needs_input_grad[1]:
-                continue
-            if outer.stop == len(x_TD) and whole is None:
-                whole = grad_logits.T @ x_TD[outer]
-            else:  # several chunks: their sum in float32 at least
-                part = (grad_logits.T @ x_TD[outer]).to(max_T.dtype)
-                whole = part if whole is None else whole.add_(part)
-        return grad_x, torch.zeros_like(w_VD) if whole is None else whole.to(w_VD.dtype), None
+        grad_x, grad_w = torch.empty_like(x_TD), None
+        grad_target_T = grad_target_T.where(labels_T >= 0, 0.0).unsqueeze(1)
+        index_T1 = labels_T.clamp(min=0).unsqueeze(1)
+        work = _Logits(x_TD, w_VD, _GRADIENTS, max_T.dtype)
+        for outer, products in work.slices():
+            for rows, part, logits in work.blocks(outer, products):
+                logits.sub_(max_T[rows].unsqueeze(1)).exp_().mul_(grad_sum_T[rows].unsqueeze(1))
+                part.copy_(logits.scatter_add_(1, index_T1[rows], grad_target_T[rows]))  # products become their gradients
+            torch.mm(products, w_VD, out=grad_x[outer])
+            if ctx.needs_input_grad[1]:
+                piece = products.T @ x_TD[outer]
+                if work.rows < len(x_TD):  # several slices: their sum in float32 at least
+                    piece = piece.to(max_T.dtype)
+                grad_w = piece if grad_w is None else grad_w.add_(piece)
+        return grad_x, torch.zeros_like(w_VD) if grad_w is None else grad_w.to(w_VD.dtype), None
 
 
 def reference_partials(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunked and recomputed, exact."""
+    """In slices, recomputed, exact."""
     if len(w_VD) == 0:
         raise ValueError("linear_cross_entropy_partials: w_VD has no rows, expected at least one")
     return _Partials.apply(x_TD, w_VD, labels_T)
 
 
 def reference(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, *, ignore: int) -> Tensor:
-    """Chunked and recomputed, exact."""
+    """In slices, recomputed, exact."""
     keep = labels_T != ignore
     max_T, sum_T, target_T = reference_partials(x_TD, w_VD, labels_T.where(keep, -1))
     return (sum_T.log() + max_T - target_T).where(keep, 0.0)

@@ -18,8 +18,9 @@ SHAPES = {"tokens": st.integers(0, 13), "vocabulary": st.integers(1, 40), "width
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(family, "_CPU_CHUNK", 60)
-    monkeypatch.setattr(family, "_GRADIENT_CHUNKS", 2)
+    monkeypatch.setattr(family, "_LOGITS", 120)
+    monkeypatch.setattr(family, "_GRADIENTS", 180)
+    monkeypatch.setattr(family, "_CPU_BLOCK", 60)
 
 
 def problem(tokens, vocabulary, width, seed, dtype=torch.float64):
@@ -75,7 +76,7 @@ def test_slices_of_the_vocabulary_add_up(cut, tokens, vocabulary, width, seed):
 
 
 def test_no_float32_logits_beyond_a_chunk(monkeypatch):
-    monkeypatch.setattr(family, "_CPU_CHUNK", 1 << 14)
+    monkeypatch.setattr(family, "_CPU_BLOCK", 1 << 14)
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = {"float32": 0}

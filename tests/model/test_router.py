@@ -73,9 +73,18 @@ def test_statistics_equal_a_plain_count(name):
 def test_the_regret_pulls_affinities_towards_the_choice():
     router = make(VARIANTS["biased"])
     x_BSD = torch.randn(1, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    before = router(x_BSD)[2].regret_hinge
+    _, indices_TK, statistics = router(x_BSD)
+    before = statistics.regret_hinge
     before.backward()
     assert before > 0
+    weight_ED = router.weight.detach().clone().requires_grad_()
+    expected = 0.0
+    for t, s in enumerate((x_BSD.view(-1, 5) @ weight_ED.T).softmax(-1)):
+        best, chosen = set(s.topk(2).indices.tolist()), set(indices_TK[t].tolist())
+        lacking = sum(s[e] for e in best - chosen) - sum(s[e] for e in chosen - best)
+        expected = expected + lacking / sum(s[e] for e in best).detach()
+    expected.backward()
+    torch.testing.assert_close(router.weight.grad, weight_ED.grad, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         router.weight -= 1e-3 * router.weight.grad
     assert router(x_BSD)[2].regret_hinge < before
