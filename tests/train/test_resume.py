@@ -157,10 +157,10 @@ def test_a_dataset_that_changed_is_refused(tiny_config, prepared, tmp_path):
 
 def test_two_ranks_resume_bit_exact(ranks, tiny_config):
     one, other = tiny_config("one"), tiny_config("other", run__steps=4)
-    ranks(2, tiny.train_rank, one, 2)
-    ranks(2, tiny.train_rank, other, 2)
+    ranks(2, tiny.train_rank, one, 2, tiny.free_port())
+    ranks(2, tiny.train_rank, other, 2, tiny.free_port())
     other = tiny_config("other")
-    ranks(2, tiny.train_rank, other, 2)
+    ranks(2, tiny.train_rank, other, 2, tiny.free_port())
     tiny.assert_same_end(one, other)
     tensors, _ = tiny.final(one)
     assert "rng.1.cpu" in tensors

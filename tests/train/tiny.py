@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from refractor_core.checkpoint import Checkpoint
 from refractor_core.config import RunConfig
@@ -95,15 +97,19 @@ def train(run: RunConfig) -> int:
     return join(run, Place(), RunDirectory(Path(run.run.dir)))
 
 
-def train_rank(rank: int, run: RunConfig, world: int) -> None:
-    """Trains as one of ``world`` ranks that already share a process group (``tests.ranks``)."""
-    import torch.distributed as dist
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    dist.destroy_process_group()  # the runtime makes its own
-    port = str(29500 + int.from_bytes(run.run.dir.encode()[-2:], "big") % 2000)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+def train_rank(rank: int, run: RunConfig, world: int, port: int) -> None:
+    """Trains as one of ``world`` ranks that already share a process group (``tests.ranks``), over a group that the runtime makes."""
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     join(run, Place(rank, world, rank, world, under_torchrun=True), RunDirectory(Path(run.run.dir)))
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{int(port) + 2000}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{run.run.dir}/.after-{port}", rank=rank, world_size=world)
 
 
 def _in_process(run: RunConfig) -> None:
