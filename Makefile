@@ -13,8 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; 
 CONSTRAINTS ?= constraints/$(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu).txt
 JOBS ?= 2
 RUN := .venv/bin/python -m
-# Warnings go to the log: an index without one of the packages is no news. Errors are shown.
-PIP_INSTALL := $(RUN) pip install -qq --disable-pip-version-check --progress-bar off --log .venv/pip.log -c $(CONSTRAINTS)
+# Without warnings: an index that lacks one of the packages is no news. Errors are shown.
+PIP_INSTALL := $(RUN) pip install -qq --disable-pip-version-check --progress-bar off -c $(CONSTRAINTS)
 SOURCES := setup.py pyproject.toml $(wildcard constraints/*.txt)
 
 .PHONY: help setup pilot test test-all lint clean
