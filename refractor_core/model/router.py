@@ -4,6 +4,7 @@ Legend: B sequences, S tokens, T = B·S, D model, E experts, K experts per token
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -48,6 +49,14 @@ class Router(nn.Module):
             scale=config.routed_scale,
             backend=kernels,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Conversions such as ``model.bfloat16()`` leave the bias in its format: its steps are far below bf16's resolution."""
+        bias_E = self.expert_bias_E
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.expert_bias_E.dtype.itemsize < bias_E.dtype.itemsize:
+            self.expert_bias_E = bias_E.to(self.expert_bias_E.device)
+        return self
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, RouterStatistics]:
         """

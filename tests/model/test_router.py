@@ -157,3 +157,14 @@ def test_previous_counts_are_state():
     assert torch.equal(again.previous_counts(), counts_LE)
     with pytest.raises(ValueError, match="counts_LE"):
         model.remember_counts(counts_LE[:1])
+
+
+def test_conversion_leaves_the_bias_in_its_format():
+    model = build(GQA, dtype=torch.float32)
+    before = [router.expert_bias_E.clone() for router in routers(model)]
+    model.bfloat16()
+    for router, bias in zip(routers(model), before, strict=True):
+        assert router.weight.dtype == torch.bfloat16
+        assert router.expert_bias_E.dtype == torch.float32 and torch.equal(router.expert_bias_E, bias)
+    assert model(random_tokens()).hidden_BSD.isfinite().all()
+    assert "layers.1.feed_forward.router.expert_bias_E" in model.state_dict()
