@@ -30,7 +30,8 @@ from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.sharding import initialise
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.loop import Trainer
-from refractor_core.train.runtime import Place, Runtime
+from refractor_core.train.place import Place
+from refractor_core.train.runtime import Runtime
 
 
 class BareLoop:

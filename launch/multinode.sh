@@ -40,7 +40,7 @@ NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 RESEND_SECONDS=5
 
 # A bad config ends here, before any process group, with every mistake listed.
-refractor config check "$@" --world-size $((SLURM_NNODES * NPROC)) || exit $?
+refractor train "$@" --check $((SLURM_NNODES * NPROC)) || exit $?
 RUN_DIR=$(refractor config show "$@" --key run.dir) || exit $?
 STATUS=$RUN_DIR/status.json
 stamp() { stat -c '%i %y' "$STATUS" 2>/dev/null; }

@@ -2,9 +2,10 @@
 # The pilot: documents → dataset → training on two ranks → evaluation → report → archive in outbox/.
 # usage: bash launch/pilot.sh [key=value …]      Interrupt it with Ctrl-C; the same command goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+source launch/common.sh
 config=configs/runs/pilot.yaml
-refractor() { .venv/bin/python -m refractor_core.cli.main "$@"; }
 say() { printf '\n\033[1m%s\033[0m\n' "pilot: $*"; }
 
 run_dir=$(refractor config show "$config" "$@" --key run.dir)

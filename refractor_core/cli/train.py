@@ -9,6 +9,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="run file, such as configs/runs/pilot.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as optimizer.learning_rate=3e-4")
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine through torchrun")
+    parser.add_argument("--check", type=int, metavar="N", help="refuse what can be refused for N ranks, dataset and run.dir included, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,18 +18,25 @@ def run(args: argparse.Namespace) -> int:
 
     from refractor_core.config.loading import load_run
     from refractor_core.parallel.layout import Layout
-    from refractor_core.train.directory import RunDirectory
-    from refractor_core.train.launch import join, start_torchrun
-    from refractor_core.train.runtime import Place
+    from refractor_core.train.place import Place
 
     place = Place.from_environment()
-    joined = place.world_size if args.nproc is None else args.nproc
-    if args.nproc is not None and place.world_size > 1:
+    if args.nproc is not None and place.under_torchrun:
         print("error: --nproc starts torchrun, but this process already runs under it; leave one of the two out", file=sys.stderr)
         return 2
-    config = load_run(args.config, args.overrides, world_size=joined)
-    Layout.from_config(config.parallel, joined)
+    world_size = args.check or args.nproc or place.world_size
+    config = load_run(args.config, args.overrides, world_size=world_size)
+    Layout.from_config(config.parallel, world_size)
+
+    # Heavy imports last: a bad config is refused at once.
+    from refractor_core.train.directory import RunDirectory
+    from refractor_core.train.launch import join, start_torchrun
+    from refractor_core.train.loop import preflight
+
     directory = RunDirectory(Path(config.run.dir))
+    if args.check is not None:
+        preflight(config, directory)
+        return 0
     if args.nproc is not None and args.nproc > 1:
         return start_torchrun([args.config, *args.overrides], args.nproc, directory, config)
     return join(config, place, directory)

@@ -54,5 +54,4 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("moe_dropped_tokens_total", "counter", "Token-expert pairs dropped by a capacity.", "tokens", ("layer",)),
     Metric("checkpoint_save_duration_seconds", "histogram", "Wall time of saving a checkpoint.", "seconds", buckets=SAVE_SECONDS),
     Metric("checkpoint_last_success_timestamp_seconds", "gauge", "When the last checkpoint was complete, in Unix time.", "seconds"),
-    Metric("eval_score", "gauge", "An evaluation's figure.", labels=("suite", "task", "metric", "weights")),
 )

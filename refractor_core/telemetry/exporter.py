@@ -97,12 +97,6 @@ class Exporter:
         self.observe("checkpoint_save_duration_seconds", seconds)
         self.set("checkpoint_last_success_timestamp_seconds", time.time())
 
-    def observe_evaluation(self, suite: str, weights: str, scores: dict[str, dict[str, float]]) -> None:
-        """Figures of an evaluation: ``scores[task][metric]``."""
-        for task, figures in scores.items():
-            for metric, value in figures.items():
-                self.set("eval_score", value, suite=suite, task=task, metric=metric, weights=weights)
-
     def close(self) -> None:
         """Stops serving and frees the port."""
         self._server.shutdown()

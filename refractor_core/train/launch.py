@@ -12,8 +12,9 @@ from refractor_core.config import RunConfig
 from refractor_core.telemetry.records import read_status, write_status
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.loop import Trainer, preflight
+from refractor_core.train.place import Place
 from refractor_core.train.requests import Request, leave
-from refractor_core.train.runtime import Place, Runtime
+from refractor_core.train.runtime import Runtime
 
 COMPLETED, FAILED, PAUSED = 0, 1, 75
 """Exit codes of training, a contract with launch scripts; 2 is a bad config."""

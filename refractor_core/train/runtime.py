@@ -1,7 +1,7 @@
 """What one rank runs on: its place in the world, its device, its mesh."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,25 +11,7 @@ import torch.distributed as dist
 from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Axis, Mesh
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where torchrun or Slurm put this process; one process alone where nobody did."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    under_torchrun: bool = False
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """Reads torchrun's variables."""
-        if "RANK" not in environment:
-            return cls()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(environment[name]) for name in names), under_torchrun=True)
+from refractor_core.train.place import Place
 
 
 @dataclass(frozen=True)

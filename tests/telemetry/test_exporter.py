@@ -65,7 +65,6 @@ def test_a_row_is_found_in_a_scrape(exporter):
     exporter.observe_step(row(1))
     exporter.observe_step(row(2, loss=None, skipped=True))
     exporter.observe_checkpoint(0.5)
-    exporter.observe_evaluation("heldout", "ema", {"all": {"bits_per_byte": 1.25}})
     samples = scrape(exporter)
     expected = {
         ("run_info", (("config_sha", "c"), ("run_id", "r"), ("version", "v"))): 1,
@@ -82,7 +81,6 @@ def test_a_row_is_found_in_a_scrape(exporter):
         ("moe_dropped_tokens_total", (("layer", "1"),)): 6,
         ("moe_router_regret_ratio", (("kind", "drop"), ("layer", "1"))): 0.01,
         ("checkpoint_save_duration_seconds_count", ()): 1,
-        ("eval_score", (("metric", "bits_per_byte"), ("suite", "heldout"), ("task", "all"), ("weights", "ema"))): 1.25,
     }
     assert {key: samples.get(key) for key in expected} == expected
     assert math.isnan(samples["trainer_loss", (("component", "total"),)])
@@ -92,7 +90,6 @@ def test_a_row_is_found_in_a_scrape(exporter):
 def test_every_metric_of_the_catalogue_can_be_emitted_and_nothing_else_is(exporter):
     exporter.observe_step(row(1, loss=None, skipped=True))
     exporter.observe_checkpoint(0.5)
-    exporter.observe_evaluation("s", "live", {"t": {"m": 1.0}})
     names = {re.sub(r"_(bucket|sum|count)$", "", name) for name, _ in scrape(exporter)}
     created = {name for name in names if name.endswith("_created")}  # the library's own, one per counter and histogram
     assert names - created == {metric.name for metric in CATALOGUE}

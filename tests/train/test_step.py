@@ -12,8 +12,9 @@ import torch
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.train.place import Place
 from refractor_core.train.requests import Request, leave
-from refractor_core.train.runtime import Place, Runtime
+from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
 from refractor_core.train.step import Stepper
 from tests.train import tiny

@@ -17,7 +17,7 @@ from refractor_core.data import build
 from refractor_core.telemetry.records import TIME_KEYS
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.launch import join
-from refractor_core.train.runtime import Place
+from refractor_core.train.place import Place
 
 STEPS = 8
 
