@@ -9,7 +9,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="run file, such as configs/runs/pilot.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as optimizer.learning_rate=3e-4")
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine through torchrun")
-    parser.add_argument("--check", type=int, metavar="N", help="refuse what can be refused for N ranks, dataset and run.dir included, and stop")
+    parser.add_argument("--check", type=int, metavar="N", help="refuse what can be refused for N ranks (dataset, run.dir) and stop")
 
 
 def run(args: argparse.Namespace) -> int:
