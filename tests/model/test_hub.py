@@ -153,7 +153,8 @@ def test_our_own_models_are_exported_with_the_family_found(tmp_path):
     config = PLAIN.model_copy(update={"attention": attention, "rope": RopeConfig(scaling=scaling), "moe": moe, "dense_hidden_size": None})
     model = Decoder(config)
     initialise(model, 0)
-    export_hub(model, tmp_path)
+    with pytest.warns(UserWarning, match="capacity_factor = 1.5.*dropless"):
+        export_hub(model, tmp_path)
     told = json.loads((tmp_path / "config.json").read_text())
     assert (told["model_type"], told["max_position_embeddings"]) == ("qwen3_moe", 4096)
     tokens = torch.arange(8).unsqueeze(0)

@@ -136,6 +136,9 @@ def export_hub(
     """
     path, config = Path(path), model.config
     chosen, values = _express(config, family)
+    if config.moe.capacity_factor is not None:
+        told = f"model.moe.capacity_factor = {config.moe.capacity_factor} has no place in config.json: Transformers runs the model dropless"
+        warnings.warn(told, stacklevel=2)
     scaling = config.rope.scaling
     stretched = round(scaling.factor * scaling.original_context) if scaling else 4096
     held = state(model)
