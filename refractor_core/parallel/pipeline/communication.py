@@ -1,15 +1,18 @@
 """The one pass that puts SENDs and RECVs into the compute order of any schedule.
 
-All events are laid on one global line: each compute action at its end on a clock where F, I and W take 1, each transfer right after the
-action that makes its value. A rank's list is its part of that line. So a RECV stands before the compute that runs while the value arrives
-(it is posted early enough to overlap), and no order of blocking can deadlock: the first event on the line that is not done yet can always
-be done, since everything it waits for stands before it, at both ends of a transfer alike.
+All events are laid on one global line: each compute action at its end on a clock where F, I and W take 1 and a transfer a little, each
+transfer right after the action that makes its value. A rank's list is its part of that line. So a RECV is posted before the compute that
+runs while the value travels, and no order of blocking can deadlock: the first event on the line that is not done yet can always be done,
+since everything it waits for stands before it, at both ends of a transfer alike.
 """
 
 from collections.abc import Sequence
 
 from refractor_core.parallel.pipeline.actions import Action, Schedule, transfer
-from refractor_core.parallel.pipeline.simulator import simulate
+from refractor_core.parallel.pipeline.simulator import Costs, simulate
+
+CLOCK = Costs(forward=1, backward_input=1, backward_weight=1, communication=1 / 16)
+"""Were transfers free, a value would arrive as the compute before its reader ends, and its RECV be posted too late to overlap with that."""
 
 
 def with_communication(kind: str, micro_batches: int, rank_of_stage: tuple[int, ...], compute: Sequence[Sequence[Action]]) -> Schedule:
@@ -33,7 +36,7 @@ def with_communication(kind: str, micro_batches: int, rank_of_stage: tuple[int, 
     for rank, order in enumerate(compute):
         sends = [(action, *(transfers[action] or ())[:1]) for action in order]
         eager.append((*receives[rank], *(step for steps in sends for step in steps)))
-    timed = simulate(Schedule(kind, micro_batches, rank_of_stage, tuple(eager))).intervals
+    timed = simulate(Schedule(kind, micro_batches, rank_of_stage, tuple(eager)), CLOCK).intervals
 
     line = []
     for rank, action, _, end in timed:

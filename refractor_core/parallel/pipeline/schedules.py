@@ -7,7 +7,7 @@ and free communication; memory is the most micro batches whose activations (or, 
     kind         idle of each rank                   memory of rank r     source
     gpipe        (p-1)(tF+tB)                        m                    Huang et al. 2019, GPipe (arXiv 1811.06965)
     1f1b         (p-1)(tF+tB)                        p-r                  Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.1
-    interleaved  (p-1)(tF+tB)/v                      p-1+(2(p-r)-1)/v     the same, section 2.2.2 (or m, if that is less)
+    interleaved  (p-1)(tF+tB)/v                      p+(p-2r-1)/v         the same, section 2.2.2 (or m, if that is less)
     zb_h1        (p-1)(tF+tI-tW), if tW <= tF, tI    p                    Qi et al. 2024 (arXiv 2401.10241), section 2
     zbv          (p-1) tF/2, if tF = tI = tW         p                    the same, section 6; V-ZB of arXiv 2405.15362
 
