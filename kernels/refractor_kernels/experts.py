@@ -2,8 +2,11 @@
 
 y_t = Σ_k weight_tk · W_down[i_tk] · swiglu(W_gate_up[i_tk] · x_t). The backward follows SonicMoE (arXiv 2512.14080): saved are x, the
 pre-activation, indices and weights; the weights' gradient is the row sum of d(activation) · activation, so that y is never needed.
-Legend: T tokens, K experts per token, E experts, D model, F expert width, M kept pairs sorted by expert.
+Legend: T tokens, K experts per token, E experts, D model, F expert width, P kept pairs sorted by expert, M rows for the GEMMs: the
+pairs, with rows of zeros after each expert's where its number of rows is rounded up.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -17,19 +20,50 @@ from refractor_kernels.swiglu import swiglu_backward, swiglu_forward
 _grouped_mm = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-def sort_pairs(indices_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Stable counting sort of the kept pairs.
+_CPU_ROWS = 64
+"""On a CPU each expert's rows are rounded up to a multiple of this. oneDNN compiles a low-precision GEMM anew for every shape that it
+has not seen, which takes several times as long as running it (1.4 ms against 0.2 ms for 500 × 256 × 512 in bf16), and routing hardly
+ever repeats a shape."""
 
-    Returns:
-        order_M: flat positions t·K + k of the kept pairs, by expert, then by position.
-        ends_E: int32, one past each expert's last pair in order_M.
+
+class Sorted(NamedTuple):
+    """Kept pairs in the order of their experts.
+
+    Args:
+        order_P: flat positions t·K + k of the kept pairs, by expert, then by position.
+        row_P: where each lies among the M rows; None where rows are not rounded up and it is simply 0, 1, 2, ….
+        ends_E: int32, one past each expert's last row.
+        rows: M.
     """
+
+    order_P: Tensor
+    row_P: Tensor | None
+    ends_E: Tensor
+    rows: int
+
+    def spread(self, pairs: Tensor) -> Tensor:
+        """[P, …] to [M, …], zeros between."""
+        return pairs if self.row_P is None else pairs.new_zeros(self.rows, *pairs.shape[1:]).index_copy_(0, self.row_P, pairs)
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """[M, …] to [P, …]."""
+        return rows if self.row_P is None else rows.index_select(0, self.row_P)
+
+
+def sort_pairs(indices_TK: Tensor, weights_TK: Tensor, num_experts: int, multiple: int = 1) -> Sorted:
+    """Stable counting sort of the kept pairs, each expert's rows rounded up to a multiple."""
     dropped = (indices_TK < 0) | (weights_TK == 0)
     flat = indices_TK.masked_fill(dropped, num_experts).flatten()  # dropped pairs sort behind all experts
-    ends_E = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].cumsum(0)
-    order = flat.argsort(stable=True)
-    kept = int(ends_E[-1]) if num_experts else 0
-    return order[:kept], ends_E.to(torch.int32)
+    count_E = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    order, kept = flat.argsort(stable=True), int(count_E.sum())
+    order_P = order[:kept]
+    if multiple == 1:
+        return Sorted(order_P, None, count_E.cumsum(0).to(torch.int32), kept)
+    rounded_E = (count_E + multiple - 1) // multiple * multiple
+    ends_E = rounded_E.cumsum(0)
+    shift_E = (ends_E - rounded_E) - (count_E.cumsum(0) - count_E)
+    row_P = torch.arange(kept, device=flat.device) + shift_E[flat[order_P]]
+    return Sorted(order_P, row_P, ends_E.to(torch.int32), int(rounded_E.sum()))
 
 
 def _grouped_supported(*tensors: Tensor) -> bool:
@@ -64,46 +98,50 @@ def grouped_outer(g_MO: Tensor, a_MI: Tensor, ends_E: Tensor) -> Tensor:
     return out
 
 
-def _pairs(rows_MD: Tensor, order_M: Tensor, tokens: int, top_k: int) -> Tensor:
+def _pairs(rows_MD: Tensor, pairs: Sorted, tokens: int, top_k: int) -> Tensor:
     """Sorted rows back at their places [T, K, D], zero where a pair was dropped."""
-    make = rows_MD.new_empty if len(order_M) == tokens * top_k else rows_MD.new_zeros
-    return make(tokens * top_k, rows_MD.shape[1]).index_copy_(0, order_M, rows_MD).view(tokens, top_k, rows_MD.shape[1])
+    make = rows_MD.new_empty if len(pairs.order_P) == tokens * top_k else rows_MD.new_zeros
+    back = make(tokens * top_k, rows_MD.shape[1]).index_copy_(0, pairs.order_P, pairs.collect(rows_MD))
+    return back.view(tokens, top_k, rows_MD.shape[1])
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK):
         tokens, top_k = indices_TK.shape
-        order_M, ends_E = sort_pairs(indices_TK, weights_TK, len(w_down_EDF))
-        pre_MF = grouped_linear(x_TD[order_M // top_k], w_gate_up_EFD, ends_E)
-        y_MD = grouped_linear(swiglu_forward(pre_MF), w_down_EDF, ends_E)
-        ctx.save_for_backward(x_TD, w_gate_up_EFD, w_down_EDF, weights_TK, pre_MF, order_M, ends_E)
+        low_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype.itemsize == 2
+        pairs = sort_pairs(indices_TK, weights_TK, len(w_down_EDF), _CPU_ROWS if low_on_cpu else 1)
+        pre_MF = grouped_linear(pairs.spread(x_TD[pairs.order_P // top_k]), w_gate_up_EFD, pairs.ends_E)
+        y_MD = grouped_linear(swiglu_forward(pre_MF), w_down_EDF, pairs.ends_E)
+        ctx.save_for_backward(x_TD, w_gate_up_EFD, w_down_EDF, weights_TK, pre_MF, pairs.order_P, pairs.row_P, pairs.ends_E)
         # The product promotes to the weights' dtype, so the sum is float32 at least.
-        return (_pairs(y_MD, order_M, tokens, top_k) * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        return (_pairs(y_MD, pairs, tokens, top_k) * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        x_TD, w_gate_up_EFD, w_down_EDF, weights_TK, pre_MF, order_M, ends_E = ctx.saved_tensors
+        x_TD, w_gate_up_EFD, w_down_EDF, weights_TK, pre_MF, order_P, row_P, ends_E = ctx.saved_tensors
+        pairs = Sorted(order_P, row_P, ends_E, len(pre_MF))
         tokens, top_k = weights_TK.shape
-        token_M, weight_M = order_M // top_k, weights_TK.flatten()[order_M].unsqueeze(-1)
-        grad_MD = grad_TD[token_M]
+        token_P, weight_M = order_P // top_k, pairs.spread(weights_TK.flatten()[order_P].unsqueeze(-1))
+        grad_MD = pairs.spread(grad_TD[token_P])
         act_MF = swiglu_forward(pre_MF)
         grad_act_MF = grouped_linear(grad_MD, w_down_EDF.transpose(1, 2), ends_E)  # before the weight
         grad_weights = None
         if ctx.needs_input_grad[4]:
             row_M = check.at_least_float32(grad_act_MF * act_MF if act_MF.dtype.itemsize > 2 else grad_act_MF.float() * act_MF).sum(-1)
-            grad_weights = torch.zeros_like(weights_TK).flatten().index_copy_(0, order_M, row_M.to(weights_TK.dtype)).view_as(weights_TK)
+            row_P = pairs.collect(row_M).to(weights_TK.dtype)
+            grad_weights = torch.zeros_like(weights_TK).flatten().index_copy_(0, order_P, row_P).view_as(weights_TK)
         grad_pre_MF = swiglu_backward((grad_act_MF * weight_M).to(grad_act_MF.dtype), pre_MF)
         grad_down = grad_gate_up = grad_x = None
         if ctx.needs_input_grad[2]:
             grad_down = grouped_outer(grad_MD, (act_MF * weight_M).to(act_MF.dtype), ends_E)
         if ctx.needs_input_grad[1]:
-            grad_gate_up = grouped_outer(grad_pre_MF, x_TD[token_M], ends_E)
+            grad_gate_up = grouped_outer(grad_pre_MF, pairs.spread(x_TD[token_P]), ends_E)
         if ctx.needs_input_grad[0]:
             rows_MD = grouped_linear(grad_pre_MF, w_gate_up_EFD.transpose(1, 2), ends_E)
             total = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-            grad_x = _pairs(rows_MD, order_M, tokens, top_k).sum(1, dtype=total).to(x_TD.dtype)
+            grad_x = _pairs(rows_MD, pairs, tokens, top_k).sum(1, dtype=total).to(x_TD.dtype)
         return grad_x, grad_gate_up, grad_down, None, grad_weights
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refractor_kernels import experts, route
+from refractor_kernels.experts import sort_pairs
 from tests.kernels import oracles
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
@@ -138,3 +139,22 @@ def test_the_bias_sways_the_choice_and_not_the_weights():
     weights, indices, affinities = route(logits, bias, top_k=2, normalize=False)
     assert indices.tolist() == [[2, 0]]
     assert torch.equal(weights, affinities[:, [2, 0]])
+
+
+@FAST
+@given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 3), st.sampled_from([1, 4, 64]), st.integers(0, 2**31))
+def test_rounded_rows_hold_each_pair_once_behind_its_own_expert(tokens, num_experts, top_k, multiple, seed):
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(-1, num_experts, (tokens, top_k), generator=generator)
+    weights = torch.rand(tokens, top_k, generator=generator).round(decimals=1)
+    pairs = sort_pairs(indices, weights, num_experts, multiple)
+    ends = [0, *pairs.ends_E.tolist()]
+    assert ends[-1] == pairs.rows and all((b - a) % multiple == 0 for a, b in zip(ends, ends[1:]))
+    kept = [p for p in range(tokens * top_k) if indices.view(-1)[p] >= 0 and weights.view(-1)[p] > 0]
+    assert pairs.order_P.tolist() == sorted(kept, key=lambda p: (int(indices.view(-1)[p]), p))
+    marked = pairs.spread(1.0 + torch.arange(len(kept)))
+    assert torch.equal(pairs.collect(marked), 1.0 + torch.arange(len(kept)))
+    for expert in range(num_experts):
+        held = marked[ends[expert] : ends[expert + 1]]
+        count = int((indices.view(-1)[kept] == expert).sum()) if kept else 0
+        assert int((held > 0).sum()) == count and bool((held[count:] == 0).all())
