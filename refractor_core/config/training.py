@@ -81,7 +81,7 @@ class RegretConfig(Section):
     weight: NonNegativeFloat = 1e-3
     """Factor in the total loss; 0 turns it off."""
     start_share: float = Field(0.02, ge=0, le=1)
-    """Share of the run's steps before the loss sets in."""
+    """Share of the steps planned when the run began before the loss sets in; a run made longer later does not move it."""
     band: tuple[float, float] = (0.0, 0.12)
     """Target band of the regret mass (by bias and by drops), per layer, at the end of training."""
 

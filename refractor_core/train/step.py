@@ -55,7 +55,7 @@ class Stepper:
     def __init__(self, config: RunConfig, state: TrainState, data: Axis):
         self._config, self._state, self._data = config, state, data
         self._schedule = Schedule(config.schedule, config.optimizer.learning_rate)
-        self._router_losses = RouterLosses(config.objectives, config.run.steps)
+        self._router_losses = RouterLosses(config.objectives, state.planned_steps)
 
     def __call__(self, batch: Batch, request: Request = Request.NONE) -> StepResult:
         """Does the next step on this rank's rows of the global batch; collective.
