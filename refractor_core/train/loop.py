@@ -77,7 +77,7 @@ class Trainer:
         state, config = self.state, self.config
         started = time.perf_counter()
         data = self.runtime.mesh.axis("data")
-        batch = self.plan.batch(state.step, data.rank, data.size).to(self.runtime.device)
+        batch = self.plan.batch(state.step, data.rank, data.size)
         result = self.stepper(batch, self.requests.pending(read_files=self.runtime.is_main))
         if self.records:
             length = batch.tokens_BS.shape[1]

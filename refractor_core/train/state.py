@@ -66,7 +66,7 @@ class TrainState:
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """What this rank writes: its random state, and on rank 0 all that the ranks hold in common."""
         found = {f"rng.{rank}.cpu": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
+        if self.gradients.device.type == "cuda":
             found[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
         if rank == 0:
             found |= {f"model.{name}": p for name, p in self._rounded().items()}
@@ -109,7 +109,7 @@ class TrainState:
             self.ema.load_state_tensors({name: t for name, t in held.items() if name.startswith("ema.")})
         if f"rng.{rank}.cpu" in held:  # a rank that the saved run did not have keeps its fresh state
             torch.set_rng_state(held[f"rng.{rank}.cpu"])
-        if f"rng.{rank}.cuda" in held and torch.cuda.is_available():
+        if f"rng.{rank}.cuda" in held and self.gradients.device.type == "cuda":
             torch.cuda.set_rng_state(held[f"rng.{rank}.cuda"])
         told = checkpoint.state
         self.step, self.tokens, self.skipped_in_row = told["step"], told["tokens"], told["skipped_in_row"]

@@ -111,11 +111,11 @@ def test_the_newest_sound_one_is_found_behind_damaged_ones(tmp_path):
 
 
 def test_prune_keeps_the_newest_and_sweeps_leftovers(tmp_path):
-    for step in (1, 2, 3, 100000000):
+    for step in (1, 2, 99999999, 100000000):  # by name the last would come before the one before it
         saved(tmp_path, step)
     (tmp_path / ".partial-step-00000009").mkdir()
     Checkpoint.prune(tmp_path, keep=2)
-    assert [c.step for c in Checkpoint.listed(tmp_path)] == [3, 100000000] and not list(tmp_path.glob(".partial-*"))
+    assert [c.step for c in Checkpoint.listed(tmp_path)] == [99999999, 100000000] and not list(tmp_path.glob(".partial-*"))
 
 
 def test_a_failing_write_leaves_the_older_checkpoint_alone(tmp_path, monkeypatch):
@@ -165,3 +165,10 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
     body = json.loads(path.read_text())["body"] | {"format": 99}
     path.write_text(json.dumps({"body": body, "sha256": writer_module.seal(body)}))
     assert "format 99" in str(Checkpoint(checkpoint.path).verify()[0])
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="checkpoints: is a file where a folder"):
+        Checkpoint.listed(tmp_path / "checkpoints")
+    assert Checkpoint.listed(tmp_path / "none") == []

@@ -161,3 +161,13 @@ def test_a_wish_that_came_too_late_does_not_stop_the_next_run(tiny_config, monke
     monkeypatch.setattr(launch.subprocess, "Popen", Finished)
     assert launch.start_torchrun([], 2, directory, run) == 0
     assert not directory.requests.is_dir() or not any(directory.requests.iterdir())
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_next_to_it_alone(tiny_config, monkeypatch):
+    """Asking for a GPU's name makes CUDA ready on rank 0; the checkpoint must not depend on it."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+    run = tiny_config(run__steps=1)
+    tiny.train(run)
+    tensors, _ = tiny.final(run)
+    assert not [name for name in tensors if name.endswith(".cuda")]
