@@ -1,8 +1,10 @@
 """A checkpoint is all there or not there, and what is damaged is found and named."""
 
 import json
+import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +174,37 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="checkpoints: is a file where a folder"):
         Checkpoint.listed(tmp_path / "checkpoints")
     assert Checkpoint.listed(tmp_path / "none") == []
+
+
+def test_all_is_on_disk_before_the_name_says_so(tmp_path, monkeypatch):
+    """Files, then the folder that names them, then the rename, then the folder above: a power cut leaves a whole checkpoint or none."""
+    done = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        done.append(f"-> {Path(target).name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(writer_module.os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    saved(tmp_path / "checkpoints")
+    partial = ".partial-step-00000005"
+    assert done == ["rank-00000.safetensors", "manifest.json", partial, "-> step-00000005", "checkpoints"]
+
+
+def test_what_reads_back_other_than_it_was_written_is_no_checkpoint(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    save = safetensors.torch.save_file
+
+    def save_badly(tensors, path):
+        save({name: t.clone().zero_() if name == "rng" else t for name, t in tensors.items()}, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_badly)
+    with pytest.raises(OSError, match="tensor rng reads back other"):
+        saved(tmp_path)
+    assert Checkpoint.listed(tmp_path) == []
