@@ -33,7 +33,7 @@ class Records:
         self._steps.truncate_after(step)
         port, host = config.telemetry.prometheus_port, config.telemetry.prometheus_host
         told = {"run_id": config.run.name, "config_sha": config_sha(config), "version": __version__}
-        self._exporter = None if port is None else Exporter(host, port, **told)
+        self._exporter = None if port is None else Exporter(host, port, **told, tokens=tokens)
         self._progress = Progress(config.run.steps, total_tokens(config), interval=config.telemetry.progress_seconds, done=tokens)
         self._status_written = -math.inf
         self.events.write("resume" if step else "start", step, world_size=world_size, machine=machine(), **told)
