@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from refractor_core.checkpoint import Checkpoint
 from refractor_core.data import BatchPlan, Dataset
+from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.train.place import Place
@@ -102,6 +104,13 @@ def test_too_many_skips_in_a_row_end_the_run(tiny_config):
     assert status["state"] == "failed" and "max_consecutive_skips" in status["reason"]
 
 
+def test_the_loss_scale_is_taken_out_of_the_gradients(tiny_config):
+    scales = [stepped(tiny_config(precision__compute="fp16", precision__initial_loss_scale=2.0**k), steps=1)[0][0] for k in (4, 10)]
+    plain, *_ = stepped(tiny_config(), steps=1)[0]
+    for losses in scales:
+        assert losses["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.02)
+
+
 def test_gradients_are_clipped_at_the_global_norm(tiny_config):
     config = tiny_config(stability__gradient_clip_norm=1e-3, precision__compute="fp64")
     losses, gradients, _ = stepped(config, steps=1)
@@ -186,5 +195,8 @@ def test_training_learns_and_the_row_has_what_the_contract_names(tiny_config):
     contract = "step tokens loss loss_language_model grad_norm learning_rate sequence_length tokens_per_second step_seconds skipped mfu"
     assert set(contract.split()) <= found[-1].keys() and found[-1]["tokens"] == 4 * (4 * 32 + 36 * 64)
     assert sum(found[-1]["sources"].values()) == 4
+    assert [c.step for c in Checkpoint.listed(Path(config.run.dir) / "checkpoints")] == [39, 40]  # every third and the last, keep_last = 2
+    schedule = Schedule(config.schedule, config.optimizer.learning_rate)
+    assert [row["learning_rate"] for row in found] == [schedule.rate(row["step"]) for row in found]
     (layer,) = found[-1]["router"]
     assert sum(layer["counts"]) == 4 * 64 * 2 and layer["layer"] == 1
