@@ -31,10 +31,9 @@ def join(config: RunConfig, place: Place, directory: RunDirectory) -> int:
     Returns: the exit code. Under torchrun a pause is 0 too, because torchrun turns every other code into 1; whoever started it reads
         ``status.json``.
     """
-    # Told before the process group falls apart, for then the other ranks fail too, with nothing to say but that this one has left;
-    # and inside the lock, for without it the status is another job's.
+    # Inside the lock: without it the status is another job's.
     with directory.locked() if place.rank == 0 else nullcontext(), _failure_told(directory.status, place.rank):
-        with Runtime.joined(config, place) as runtime, _failure_told(directory.status, place.rank):
+        with Runtime.joined(config, place) as runtime:
             outcome = Trainer(config, runtime, directory).run()
     return PAUSED if outcome == "paused" and not place.under_torchrun else COMPLETED
 
