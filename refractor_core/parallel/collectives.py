@@ -113,6 +113,7 @@ class Exchange:
     def __init__(self, axis: Axis, send: Sequence[int], receive: Sequence[int]):
         self.axis, self.send, self.receive = axis, list(send), list(receive)
         self._pending: dist.Work | None = None
+        self._gradient: Tensor | None = None
 
     def start(self, x: Tensor) -> Tensor:
         """Launches the exchange of the rows of ``x``; returns the buffer that they will arrive in."""
@@ -126,29 +127,41 @@ class Exchange:
         """Both halves at once."""
         return self.wait(self.start(x))
 
-    def launch(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Starts the transfer without autograd."""
+    def _launch(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         assert self._pending is None, "an exchange carries one transfer at a time"
         out = x.new_empty(sum(receive), *x.shape[1:])
         self._pending = dist.all_to_all_single(out, x.contiguous(), receive, send, group=self.axis.group, async_op=True)
         return out
+
+    def launch(self, x: Tensor) -> Tensor:
+        """Starts the transfer forward, without autograd."""
+        return self._launch(x, self.send, self.receive)
+
+    def launch_gradient(self, grad: Tensor) -> None:
+        """Starts the transfer backward."""
+        self._gradient = self._launch(grad, self.receive, self.send)
 
     def finish(self) -> None:
         """Waits for the transfer under way."""
         self._pending.wait()
         self._pending = None
 
+    def finish_gradient(self) -> Tensor:
+        """Waits for the transfer backward and returns what it brought."""
+        self.finish()
+        grad, self._gradient = self._gradient, None
+        return grad
+
 
 class _Start(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.launch(x, exchange.send, exchange.receive)
+        return exchange.launch(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        ctx.exchange.finish()
-        return grad, None
+        return ctx.exchange.finish_gradient(), None
 
 
 class _Wait(Function):
@@ -160,7 +173,8 @@ class _Wait(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ctx.exchange.launch(grad, ctx.exchange.receive, ctx.exchange.send), None
+        ctx.exchange.launch_gradient(grad)
+        return grad, None  # only tells autograd to go on: its rows are under way, and start's backward hands over those that come
 
 
 class _CopyTo(Function):
