@@ -41,9 +41,9 @@ class BareLoop:
         self.config, self.step = config, 0
         self.batches = [plan.batch(i) for i in range(steps)]
         self.model = Decoder(config.model, dtype=torch.bfloat16)
-        initialise(self.model, config.run.seed)
-        self.parameters = list(self.model.parameters())
-        self.masters = [p.detach().float() for p in self.parameters]
+        masters = {name: p.detach().float() for name, p in self.model.named_parameters()}
+        initialise(self.model, config.run.seed, masters)
+        self.parameters, self.masters = list(self.model.parameters()), list(masters.values())
         matrices, others = [m for m in self.masters if m.ndim >= 2], [m for m in self.masters if m.ndim < 2]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         o = config.optimizer
@@ -85,8 +85,9 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 def compare(config: RunConfig, blocks: int, steps: int) -> dict:
     """Ratio of trainer to bare loop over interleaved blocks, the order alternating; a block of warm-up first."""
-    with Runtime.joined(config, Place()) as runtime:
-        trainer = Trainer(config, runtime, RunDirectory(Path(config.run.dir)))
+    directory = RunDirectory(Path(config.run.dir))
+    with directory.locked(), Runtime.joined(config, Place()) as runtime:
+        trainer = Trainer(config, runtime, directory)
         bare = BareLoop(config, trainer.plan, (blocks + 1) * steps)
         ratios, times = [], []
         for block in range(blocks + 1):

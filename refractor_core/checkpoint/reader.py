@@ -43,10 +43,17 @@ class Checkpoint:
 
     @classmethod
     def listed(cls, directory: Path) -> list["Checkpoint"]:
-        """Checkpoints of a run, oldest first; folders under way or of other names are not among them."""
+        """Checkpoints of a run, oldest first; folders under way or of other names are not among them.
+
+        Raises:
+            ValueError: ``directory`` is there, but is no folder.
+        """
         if not directory.is_dir():
+            if directory.exists():
+                raise ValueError(f"{directory}: is a file where a folder of checkpoints is expected; move it away")
             return []
-        return [cls(p) for p in sorted(directory.iterdir(), key=lambda p: p.name) if _NAME.fullmatch(p.name) and p.is_dir()]
+        steps = {int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
+        return [cls(steps[step]) for step in sorted(steps)]
 
     @classmethod
     def newest_sound(cls, directory: Path) -> tuple["Checkpoint | None", list[Damage]]:

@@ -14,12 +14,15 @@ def run(args: argparse.Namespace) -> int:
     import time
     from pathlib import Path
 
+    from refractor_core.telemetry.records import read_status
     from refractor_core.train.directory import RunDirectory
     from refractor_core.train.requests import Request, leave
 
     directory = RunDirectory(Path(args.run_dir))
     if not directory.status.is_file():
         raise ValueError(f"{args.run_dir} is no run directory: it has no status.json")
+    if (state := read_status(directory.status).get("state")) != "running":
+        raise ValueError(f"{args.run_dir}: no job runs there (its state is {state!r}); a wish left now would stop the next one")
     request = Request[args.command.upper()]
     leave(directory.requests, request)
     print(f"asked the job in {args.run_dir} to {'save and stop' if request == Request.PAUSE else 'save and go on'} after its current step")

@@ -8,8 +8,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("config", help="run file, such as configs/runs/pilot.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as optimizer.learning_rate=3e-4")
-    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine through torchrun")
-    parser.add_argument("--check", type=int, metavar="N", help="refuse what can be refused for N ranks (dataset, run.dir) and stop")
+    parser.add_argument("--nproc", type=_ranks, metavar="N", help="start N ranks on this machine through torchrun")
+    parser.add_argument("--check", type=_ranks, metavar="N", help="refuse what can be refused for N ranks (dataset, run.dir) and stop")
+
+
+def _ranks(text: str) -> int:
+    """A number of ranks: 0 would otherwise pass for none given."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of ranks above 0, not {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

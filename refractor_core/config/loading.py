@@ -160,6 +160,10 @@ def _suggest_key(cls: type[Section], name: str) -> str:
     return f"; the keys here are {', '.join(cls.model_fields)}"
 
 
+_GRAMMAR = frozenset("a number whole one of or null above below at least most and text".split())
+"""Words of a description that are no choices."""
+
+
 def _hint(cls: type[Section], name: str, value: object) -> str:
     """How to mend a value that was nearly right."""
     if isinstance(value, float) and value.is_integer():
@@ -171,7 +175,7 @@ def _hint(cls: type[Section], name: str, value: object) -> str:
         return f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
     if "number" in words and re.fullmatch(r"[-+]?[0-9][0-9_,]*(\.[0-9]+)?([eE][-+]?[0-9]+)?", value):
         return f"; write {value.replace('_', '').replace(',', '')} without quotes"
-    choices = [word for word in words if word not in ("a", "number", "whole", "one", "of", "or", "null")]
+    choices = [word for word in words if word not in _GRAMMAR]
     close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -81,7 +81,7 @@ class RegretConfig(Section):
     weight: NonNegativeFloat = 1e-3
     """Factor in the total loss; 0 turns it off."""
     start_share: float = Field(0.02, ge=0, le=1)
-    """Share of the run's steps before the loss sets in."""
+    """Share of the steps planned when the run began before the loss sets in; a run made longer later does not move it."""
     band: tuple[float, float] = (0.0, 0.12)
     """Target band of the regret mass (by bias and by drops), per layer, at the end of training."""
 
@@ -103,7 +103,7 @@ class CheckpointConfig(Section):
     interval_steps: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 3
-    """Older checkpoints are removed once this many newer ones verify. At least 2 protects against a damaged newest one."""
+    """Older checkpoints are removed once this many newer ones are complete. At least 2 protects against a damaged newest one."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the exponential moving average of the weights; update i uses at most i / (9 + i). Null keeps no average."""
 
@@ -114,4 +114,4 @@ class StabilityConfig(Section):
     gradient_clip_norm: PositiveFloat = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     max_consecutive_skips: PositiveInt = 10
-    """This many steps in a row without a finite gradient end the run as failed (fp16 skips while its loss scale settles)."""
+    """More steps in a row than these without a finite gradient end the run as failed (fp16 skips while its loss scale settles)."""

@@ -88,7 +88,7 @@ def _existing(target: Path, config: RunConfig) -> Dataset | None:
     """The dataset at ``target`` if it is this configuration's, ``None`` if there is none."""
     if not (target / MANIFEST).exists():
         return None
-    dataset = Dataset.open(target)
+    dataset = Dataset.open(target, verify=True)
     if changes := dataset.check_config(config):
         lines = "\n  ".join(changes)
         raise ValueError(f"data.dir = {str(target)!r}: holds a dataset of another configuration; --force replaces it\n  {lines}")

@@ -105,12 +105,17 @@ def _refuse_empty(config: DataConfig, corpus: Corpus) -> None:
     kept = Counter(document.source for document in corpus.documents)
     empty = [(index, source) for index, source in enumerate(config.sources) if not kept[source.name]]
     if empty:
-        lines = [
-            f"data.sources.{index} (source {source.name!r}): no document stays; {corpus.read[source.name]} were read, "
-            f"removed by stage: {corpus.removed(source.name) or 'none'}; loosen data.filters, or remove the source"
-            for index, source in empty
-        ]
+        lines = [f"data.sources.{index} (source {source.name!r}): {_why_empty(corpus, source.name)}" for index, source in empty]
         raise ValueError("\n".join(lines))
+
+
+def _why_empty(corpus: Corpus, source: str) -> str:
+    """What became of a source's documents, with an example of one that could not be read."""
+    own = [row for row in corpus.removals if row.source == source]
+    rules = ", ".join(f"{rule} {count}" for rule, count in Counter(row.rule for row in own).most_common()) or "none"
+    unread = next((row for row in own if row.stage == "read"), None)
+    mend = f"{unread.path}: {unread.detail}; mend the files" if unread else "loosen data.filters, add documents"
+    return f"no document stays; {corpus.read[source]} were found, removed by rule: {rules}; {mend}, or remove the source"
 
 
 def held_out(documents: Sequence[Document], share: float) -> list[bool]:

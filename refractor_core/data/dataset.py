@@ -63,13 +63,23 @@ class Dataset:
         folder = Path(path)
         manifest = Manifest.read(folder)
         problems = [problem for name, entry in sorted(manifest.files.items()) if (problem := _problem(folder / name, entry.size))]
-        if verify and not problems:
-            for name, entry in sorted(manifest.files.items()):
-                if (found := hash_file(folder / name)) != entry.sha256:
-                    problems.append(f"{folder / name}: SHA-256 {found[:12]}…, but the manifest says {entry.sha256[:12]}…")
-        if problems:
-            raise ValueError("the dataset is damaged:\n  " + "\n  ".join(problems) + f"\n{REBUILD}")
-        return cls(folder, manifest, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
+        _refuse(problems)
+        dataset = cls(folder, manifest, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
+        if verify:
+            dataset.verify()
+        return dataset
+
+    def verify(self, *beginnings: str) -> None:
+        """Checks the SHA-256 of the files whose names begin so, such as ``heldout/``; of all files if none is given.
+
+        Raises:
+            ValueError: a file is not as it was built; every such file is named.
+        """
+        problems = []
+        for name, entry in sorted(self.manifest.files.items()):
+            if name.startswith(beginnings or "") and (found := hash_file(self.path / name)) != entry.sha256:
+                problems.append(f"{self.path / name}: SHA-256 {found[:12]}…, but the manifest says {entry.sha256[:12]}…")
+        _refuse(problems)
 
     def check_config(self, config: RunConfig) -> list[str]:
         """Differences between what built the dataset and what the run asks for; empty if it is the run's dataset."""
@@ -96,11 +106,11 @@ class Dataset:
 
     def documents(self) -> pyarrow.Table:
         """Provenance of every kept document: ``id source path license domain sha256 split tokens bytes position``, in the stores' order."""
-        return pyarrow.parquet.read_table(self.path / DOCUMENTS)
+        return _table(self.path / DOCUMENTS)
 
     def audit(self) -> pyarrow.Table:
         """Every removed document; columns are the fields of ``audit.Removal``."""
-        return pyarrow.parquet.read_table(self.path / AUDIT)
+        return _table(self.path / AUDIT)
 
     def heldout_documents(self) -> Iterator[HeldoutDocument]:
         """Held-out documents by source and, inside a source, in an order that is random but fixed."""
@@ -110,6 +120,18 @@ class Dataset:
         for split, id, source, domain, position, size in zip(*columns):
             if split == "heldout":
                 yield HeldoutDocument(id, source, domain, stores[source].document(position), size)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("the dataset is damaged:\n  " + "\n  ".join(problems) + f"\n{REBUILD}")
+
+
+def _table(path: Path) -> pyarrow.Table:
+    try:
+        return pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: cannot be read ({error}); the file is damaged; {REBUILD}") from error
 
 
 def _problem(path: Path, size: int) -> str | None:

@@ -76,7 +76,7 @@ class Manifest(_Record):
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder}: holds no dataset ({MANIFEST} is missing); run: refractor data build CONFIG") from None
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); the file is damaged; run: refractor data build CONFIG --force") from error

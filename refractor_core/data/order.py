@@ -22,6 +22,7 @@ from refractor_core.data.batch import IGNORE, Batch
 from refractor_core.data.dataset import Dataset
 from refractor_core.data.mixture import PERIOD, Mixture
 from refractor_core.data.permutation import mix, permute
+from refractor_core.data.store import REBUILD
 
 BLOCK_TOKENS = 1 << 18
 BLOCK_WINDOWS = 64
@@ -78,6 +79,7 @@ class BatchPlan:
         self.global_batch_size = config.batch.global_batch_size
         self._seed = config.run.seed
         self._temperature = config.data.mixture.temperature
+        self._vocab_size = dataset.manifest.vocab_size
         self._names = [source.name for source in dataset.manifest.sources]
         self._stores = [store.tokens for store in dataset.train]
         self._tokens_s = np.array([len(tokens) for tokens in self._stores], dtype=np.int64)
@@ -161,7 +163,7 @@ class BatchPlan:
         """One rank's rows of the global batch of ``step`` (from 0): the ``rank``-th of ``world`` contiguous slices, as even as possible.
 
         Raises:
-            ValueError: the curriculum does not reach ``step``.
+            ValueError: the curriculum does not reach ``step``, or a store holds what is no token.
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
         length, rows = self._stage(step).length, self.global_batch_size
@@ -197,7 +199,17 @@ class BatchPlan:
             store = self._stores[source]
             inputs[row] = store[start : start + length]
             targets[row] = store[start + 1 : start + length + 1]
+        self._refuse_strange_tokens(source_b, inputs, targets)
         return tokens, labels
+
+    def _refuse_strange_tokens(self, source_b: np.ndarray, *read: np.ndarray) -> None:
+        """A damaged store must not reach the embedding, which would fail without a word about the file, on a GPU for good."""
+        for tokens in read:
+            if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+                row, column = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0]
+                path = self.dataset.path / "train" / f"{self._names[source_b[row]]}.bin"
+                told = f"holds token {tokens[row, column]}, outside the vocabulary of {self._vocab_size}"
+                raise ValueError(f"{path}: {told}; the file is damaged; {REBUILD}")
 
     @property
     def shares(self) -> dict[str, float]:

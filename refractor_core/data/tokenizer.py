@@ -51,6 +51,8 @@ class TextTokenizer:
             return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")), eos_token)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); data.tokenizer.path names a tokenizer.json") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error})") from error
         except ValueError:
             raise
         except Exception as error:  # tokenizers raises plain Exception for JSON that it does not understand

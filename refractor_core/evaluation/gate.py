@@ -114,8 +114,11 @@ def read_rows(path: Path, weights: str = "live") -> list[dict]:
     elif path.name.endswith(".json"):
         path = path.with_name(path.name.removesuffix(".json") + ".documents.jsonl")
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such evaluation; make it with 'refractor eval run RUN_DIR'") from None
     except ValueError as error:
         raise ValueError(f"{path}: not per-document rows of an evaluation ({error})") from error
+    if not all(isinstance(row, dict) and row.keys() >= {"id", "bytes", "nats"} for row in rows):
+        raise ValueError(f"{path}: not per-document rows of an evaluation (they have id, bytes, nats); give what 'eval run' wrote")
+    return rows

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from refractor_core.checkpoint.model import find_checkpoint, load_model
 from refractor_core.config import RunConfig
 from refractor_core.config.loading import config_sha, load_run
-from refractor_core.data.dataset import Dataset
+from refractor_core.data.dataset import DOCUMENTS, UNIGRAM, Dataset
 from refractor_core.evaluation.results import write_evaluation
 from refractor_core.evaluation.suite import evaluate
 
@@ -31,15 +31,16 @@ def evaluate_checkpoint(
         (file written, overall figures) for each kind of weights.
 
     Raises:
-        ValueError: there is no checkpoint, no dataset, or no average to evaluate.
+        ValueError: there is no checkpoint, no dataset, no average to evaluate, or no such device.
     """
     run_dir = run_directory(path)
     config = load_run(run_dir / "config.yaml")
     checkpoint = find_checkpoint(path)
     dataset = Dataset.open(config.data.dir)
+    dataset.verify("heldout/", DOCUMENTS, UNIGRAM)  # what the figures rest on
     if different := dataset.check_config(config):
         raise ValueError(f"{config.data.dir}: not the dataset of this run:\n  " + "\n  ".join(different))
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32 if place.type == "cpu" else torch.bfloat16
     results = []
     for kind in _kinds(weights or config.evaluation.weights, config):
@@ -62,6 +63,14 @@ def run_directory(path: Path) -> Path:
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ValueError(f"{path}: neither a run directory nor a checkpoint in one (no config.yaml there or up to two folders above)")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        told = str(error).splitlines()[0]
+        raise ValueError(f"device = {name}: cannot be used here ({told}); give cpu, or see 'refractor doctor'") from error
 
 
 def _kinds(weights: str, config: RunConfig) -> list[str]:

@@ -29,7 +29,7 @@ class RouterLosses:
 
     Args:
         config: section ``objectives``.
-        total_steps: ``run.steps``; the regret loss sets in after ``regret.start_share`` of them.
+        total_steps: steps planned when the run began; the regret loss sets in after ``regret.start_share`` of them.
         num_layers: MoE layers of the whole model, which the means are over; ``None``: those given at each call, which is right where
             one rank holds them all.
     """

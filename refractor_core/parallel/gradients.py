@@ -85,6 +85,11 @@ class GradientBuffers:
             if self.axis.size > 1:
                 bucket.work = dist.all_reduce(bucket.buffer, group=self.axis.group, async_op=True)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are, and so the parameters."""
+        return self._buckets[0].buffer.device
+
     def begin(self) -> None:
         """Starts a step: the next gradient of each parameter replaces what is there."""
         self._fresh = {p for bucket in self._buckets for p in bucket.parameters}

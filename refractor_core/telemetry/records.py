@@ -94,7 +94,7 @@ class StepLog(LineFile):
 
         Where a step stands twice the later row stays; a line that is not a row is dropped.
         """
-        rows = {row["step"]: line for row, line in _rows(self.path) if row.get("step", math.inf) <= step}
+        rows = {row["step"]: line for row, line in _step_rows(self.path) if row["step"] <= step}
         replace_atomically(self.path, b"".join(rows[key] + b"\n" for key in sorted(rows)))
         self.close()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -114,18 +114,25 @@ def write_status(path: str | os.PathLike, **fields: object) -> None:
 
 
 def read_status(path: str | os.PathLike) -> dict:
-    """The status, or ``{}`` where there is none."""
+    """The status, or ``{}`` where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        status = json.loads(Path(path).read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path}: not a status file ({error}); remove it, the next step writes a new one") from error
+    if not isinstance(status, dict):
+        raise ValueError(f"{path}: not a status file (no JSON object); remove it, the next step writes a new one")
+    return status
 
 
 def read_steps(path: str | os.PathLike) -> list[dict]:
     """Rows of ``metrics.jsonl`` by step, each step once; ``[]`` where there is no file. A part of a line at the end is passed over."""
-    rows = {row["step"]: row for row, _ in _rows(Path(path)) if "step" in row}
+    rows = {row["step"]: row for row, _ in _step_rows(Path(path))}
     return [rows[step] for step in sorted(rows)]
 
 
@@ -168,6 +175,11 @@ def _rows(path: Path) -> Iterator[tuple[dict, bytes]]:
                 continue
             if isinstance(row, dict):
                 yield row, line.rstrip(b"\n")
+
+
+def _step_rows(path: Path) -> Iterator[tuple[dict, bytes]]:
+    """Every line that is a row of a step."""
+    return ((row, line) for row, line in _rows(path) if type(row.get("step")) is int)
 
 
 def _named(error: OSError, path: Path) -> OSError:

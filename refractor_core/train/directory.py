@@ -1,7 +1,6 @@
 """The run directory: its files, its lock, and the promise that it belongs to one run."""
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.config.loading import dump, load_run
+from refractor_core.telemetry.records import replace_atomically
 
 _FREE_TO_CHANGE = (
     "run.name",
@@ -73,10 +73,14 @@ class RunDirectory:
         """Holds the directory for one job.
 
         Raises:
-            ValueError: another process on this machine trains here.
+            ValueError: another process on this machine trains here, or the directory cannot be made or written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"run.dir = {self.path}: cannot be used ({error}); give a directory that can be made and written") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -86,12 +90,7 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Writes the resolved config atomically."""
-        draft = self.config.with_suffix(".partial")
-        with draft.open("w") as file:
-            file.write(dump(config))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.config)
+        replace_atomically(self.config, dump(config).encode())
 
     def check_same_run(self, config: RunConfig) -> None:
         """Refuses to go on with another run's checkpoint.

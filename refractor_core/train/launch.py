@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from refractor_core.config import RunConfig
@@ -13,8 +13,8 @@ from refractor_core.telemetry.records import read_status, write_status
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.loop import Trainer, preflight
 from refractor_core.train.place import Place
-from refractor_core.train.requests import Request, leave
-from refractor_core.train.runtime import Runtime
+from refractor_core.train.requests import Request, leave, withdraw
+from refractor_core.train.runtime import Runtime, check_device
 
 COMPLETED, FAILED, PAUSED = 0, 1, 75
 """Exit codes of training, a contract with launch scripts; 2 is a bad config."""
@@ -31,12 +31,11 @@ def join(config: RunConfig, place: Place, directory: RunDirectory) -> int:
     Returns: the exit code. Under torchrun a pause is 0 too, because torchrun turns every other code into 1; whoever started it reads
         ``status.json``.
     """
-    try:
-        with directory.locked() if place.rank == 0 else nullcontext(), Runtime.joined(config, place) as runtime:
+    # Told before the process group falls apart, for then the other ranks fail too, with nothing to say but that this one has left;
+    # and inside the lock, for without it the status is another job's.
+    with directory.locked() if place.rank == 0 else nullcontext(), _failure_told(directory.status, place.rank):
+        with Runtime.joined(config, place) as runtime, _failure_told(directory.status, place.rank):
             outcome = Trainer(config, runtime, directory).run()
-    except Exception as error:
-        _note_failure(directory.status, f"rank {place.rank}: {error}")
-        raise
     return PAUSED if outcome == "paused" and not place.under_torchrun else COMPLETED
 
 
@@ -51,6 +50,7 @@ def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory
     Returns: the run's exit code.
     """
     preflight(config, directory)
+    check_device(config, ranks)
     with directory.locked():  # fails now if a job is there; the ranks take the lock themselves
         write_status(directory.status, **{**read_status(directory.status), "state": "running", "world_size": ranks})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -65,12 +65,25 @@ def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    withdraw(directory.requests, Request.PAUSE)  # one that came too late would stop the next run
     _note_failure(directory.status, f"a rank died without a word (torchrun returned {process.returncode})")
-    return exit_code(directory.status)
+    if (code := exit_code(directory.status)) == FAILED:  # last, below what torchrun tells of its processes
+        print(f"error: {read_status(directory.status).get('reason')}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _failure_told(status: Path, rank: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _note_failure(status, f"rank {rank}: {error}")
+        raise
 
 
 def _note_failure(status: Path, reason: str) -> None:
-    """Marks a run that says it is running as failed; the first reason stays."""
-    told = read_status(status)
-    if told.get("state") == "running":
-        write_status(status, **{**told, "state": "failed", "reason": reason})
+    """Marks a run that says it is running as failed; the first reason stays. A status that cannot be written hides no other error."""
+    with suppress(OSError, ValueError):
+        told = read_status(status)
+        if told.get("state") == "running":
+            write_status(status, **{**told, "state": "failed", "reason": reason})

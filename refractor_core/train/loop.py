@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -56,7 +57,8 @@ class Trainer:
                 outcome = self._steps()
             except BaseException as error:
                 if self.records:
-                    self.records.events.write("failed", self.state.step, reason=str(error))
+                    with suppress(OSError):  # on a full disk the first error is the one to raise
+                        self.records.events.write("failed", self.state.step, reason=str(error))
                 raise
         if self.records:
             self.records.events.write(outcome, self.state.step)
@@ -75,7 +77,7 @@ class Trainer:
         state, config = self.state, self.config
         started = time.perf_counter()
         data = self.runtime.mesh.axis("data")
-        batch = self.plan.batch(state.step, data.rank, data.size).to(self.runtime.device)
+        batch = self.plan.batch(state.step, data.rank, data.size)
         result = self.stepper(batch, self.requests.pending(read_files=self.runtime.is_main))
         if self.records:
             length = batch.tokens_BS.shape[1]
@@ -90,8 +92,8 @@ class Trainer:
         last = state.step == config.run.steps
         if last or result.request or state.step % config.checkpoint.interval_steps == 0:
             self._save(must=last or result.request == Request.PAUSE)
-        if result.request and self.runtime.is_main:
-            self.requests.done(result.request)
+        if result.request:
+            self.requests.done(result.request, remove_files=self.runtime.is_main)
         return result.request
 
     def _save(self, must: bool) -> None:
@@ -119,7 +121,8 @@ class Trainer:
         if self.runtime.is_main:
             try:
                 checkpoint, damages = Checkpoint.newest_sound(self.directory.checkpoints)
-                _put_aside(damages, self.directory.checkpoints)
+                if checkpoint is not None:  # else the run is refused, and would begin anew at the next try
+                    _put_aside(damages, self.directory.checkpoints)
                 found = [checkpoint, damages, None]
             except (OSError, ValueError) as error:
                 found = [None, [], error]
@@ -165,9 +168,12 @@ def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
     plan = BatchPlan(dataset, config)
     for checkpoint in reversed(Checkpoint.listed(directory.checkpoints)):
         try:
-            step, trained_on = checkpoint.step, checkpoint.state["dataset_sha256"]
+            step, trained_on = checkpoint.step, checkpoint.state.get("dataset_sha256")
         except DamagedCheckpoint:
             continue  # the trainer walks back past it and says so
+        if trained_on is None:
+            mend = f"move it out of the run directory and begin from it with run.initial_weights={checkpoint.path.name}"
+            raise ValueError(f"{checkpoint.path} holds imported weights and no state of training; {mend}")
         directory.check_same_run(config)
         if trained_on != dataset.sha256:
             told = f"holds dataset {dataset.sha256[:12]}, {checkpoint.path} was trained on {trained_on[:12]}; restore that one"

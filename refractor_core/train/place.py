@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """Where torchrun or Slurm put this process; one process alone where nobody did."""
+    """Where torchrun put this process, on a Slurm cluster too; one process alone where nobody did."""
 
     rank: int = 0
     world_size: int = 1

@@ -21,6 +21,13 @@ def leave(folder: Path, request: Request) -> None:
     (folder / request.name.lower()).touch()
 
 
+def withdraw(folder: Path, request: Request) -> None:
+    """Removes a wish, and any weaker one."""
+    for weaker in (Request.SAVE, Request.PAUSE):
+        if weaker <= request:
+            (folder / weaker.name.lower()).unlink(missing_ok=True)
+
+
 class Requests:
     """Collects wishes: SIGTERM, SIGINT and SIGUSR1 mean pause, SIGUSR2 means save; files come from ``leave``."""
 
@@ -50,10 +57,9 @@ class Requests:
             found = max([found, *(r for r in (Request.SAVE, Request.PAUSE) if (self._folder / r.name.lower()).exists())])
         return found
 
-    def done(self, request: Request) -> None:
-        """Forgets a wish that was granted, and any weaker one."""
+    def done(self, request: Request, remove_files: bool) -> None:
+        """Forgets a wish that was granted, and any weaker one: every rank its signals, one rank the files."""
         if self._signalled <= request:
             self._signalled = Request.NONE
-        for weaker in (Request.SAVE, Request.PAUSE):
-            if weaker <= request:
-                (self._folder / weaker.name.lower()).unlink(missing_ok=True)
+        if remove_files:
+            withdraw(self._folder, request)

@@ -45,18 +45,40 @@ class Runtime:
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
         if place.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        failed = True
         try:
             yield cls(place, device, Mesh.create(layout, place.rank))
+            failed = False
         finally:
-            if dist.is_initialized():
+            # NCCL's orderly shutdown may wait for ranks that stand in a collective. A process that fails just ends; torchrun ends the rest.
+            if dist.is_initialized() and not (failed and device.type == "cuda"):
                 dist.destroy_process_group()
 
 
-def _device(config: RunConfig, place: Place) -> torch.device:
-    if config.run.device == "cpu" or config.run.device == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
+def check_device(config: RunConfig, local_ranks: int) -> None:
+    """Refuses a device that this machine cannot give to each of its ranks.
+
+    Raises:
+        ConfigError: there is no CUDA device, or there are fewer than ranks.
+    """
+    if _on_cpu(config):
+        return
     if not torch.cuda.is_available():
         raise ConfigError([Problem("run.device", "cuda", "no CUDA device is visible here; use cpu or auto, or see 'refractor doctor'")])
+    devices = torch.cuda.device_count()
+    if devices < local_ranks:
+        told = f"{local_ranks} ranks on this machine need a CUDA device each, {devices} can be seen; start {devices} ranks, or use cpu"
+        raise ConfigError([Problem("run.device", config.run.device, told)])
+
+
+def _on_cpu(config: RunConfig) -> bool:
+    return config.run.device == "cpu" or config.run.device == "auto" and not torch.cuda.is_available()
+
+
+def _device(config: RunConfig, place: Place) -> torch.device:
+    check_device(config, place.local_world_size)
+    if _on_cpu(config):
+        return torch.device("cpu")
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     return device

@@ -28,6 +28,8 @@ class TrainState:
         step: steps done, skipped ones included.
         tokens: tokens read over all ranks.
         skipped_in_row: steps without a finite gradient just before now.
+        planned_steps: ``run.steps`` when the run began. What sets in after a share of the run counts from it, so that a run which is
+            made longer later does not do another thing halfway.
     """
 
     model: Decoder
@@ -35,6 +37,7 @@ class TrainState:
     optimizer: Optimizer
     ema: Ema | None
     scaler: LossScaler
+    planned_steps: int
     step: int = 0
     tokens: int = 0
     skipped_in_row: int = 0
@@ -58,12 +61,12 @@ class TrainState:
         else:
             _take_weights(config.run.initial_weights, model, optimizer.masters)
         ema = Ema(optimizer.masters, config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
-        return cls(model, gradients, optimizer, ema, LossScaler(config.precision))
+        return cls(model, gradients, optimizer, ema, LossScaler(config.precision), config.run.steps)
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """What this rank writes: its random state, and on rank 0 all that the ranks hold in common."""
         found = {f"rng.{rank}.cpu": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
+        if self.gradients.device.type == "cuda":
             found[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
         if rank == 0:
             found |= {f"model.{name}": p for name, p in self._rounded().items()}
@@ -83,6 +86,7 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "skipped_in_row": self.skipped_in_row,
+            "planned_steps": self.planned_steps,
             "scaler": self.scaler.state(),
             "model": config.model.model_dump(mode="json"),
             "dataset_sha256": plan.dataset.sha256,
@@ -105,10 +109,11 @@ class TrainState:
             self.ema.load_state_tensors({name: t for name, t in held.items() if name.startswith("ema.")})
         if f"rng.{rank}.cpu" in held:  # a rank that the saved run did not have keeps its fresh state
             torch.set_rng_state(held[f"rng.{rank}.cpu"])
-        if f"rng.{rank}.cuda" in held and torch.cuda.is_available():
+        if f"rng.{rank}.cuda" in held and self.gradients.device.type == "cuda":
             torch.cuda.set_rng_state(held[f"rng.{rank}.cuda"])
         told = checkpoint.state
         self.step, self.tokens, self.skipped_in_row = told["step"], told["tokens"], told["skipped_in_row"]
+        self.planned_steps = told["planned_steps"]
         self.scaler.load_state(told["scaler"])
 
 

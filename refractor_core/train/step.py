@@ -55,13 +55,13 @@ class Stepper:
     def __init__(self, config: RunConfig, state: TrainState, data: Axis):
         self._config, self._state, self._data = config, state, data
         self._schedule = Schedule(config.schedule, config.optimizer.learning_rate)
-        self._router_losses = RouterLosses(config.objectives, config.run.steps)
+        self._router_losses = RouterLosses(config.objectives, state.planned_steps)
 
     def __call__(self, batch: Batch, request: Request = Request.NONE) -> StepResult:
         """Does the next step on this rank's rows of the global batch; collective.
 
         Args:
-            batch: on the model's device.
+            batch: on the CPU, where cutting it into micro batches and counting its sources waits for no device.
             request: this rank's wish, told to all with the step's figures.
         """
         state, config = self._state, self._config
@@ -74,7 +74,7 @@ class Stepper:
             torch._foreach_mul_(buffers, 1.0 / scale)
         norm = global_norm(buffers)
         losses, sources, request = self._sum_over_ranks(losses, routers, batch, request)
-        grad_norm = norm.item()  # the one wait for the device in a step
+        grad_norm = norm.item()  # here and just above, once a step, the device is waited for
         learning_rate = self._schedule.rate(state.step + 1)
         skipped = not math.isfinite(grad_norm)
         if not skipped:
@@ -100,8 +100,9 @@ class Stepper:
         for i, micro in enumerate(micro_batches):
             if i == len(micro_batches) - 1:
                 state.gradients.last_micro_batch()
-            output = state.model(micro.tokens_BS, micro.cu_seqlens)
             head = state.model.head.weight
+            micro = micro.to(head.device)
+            output = state.model(micro.tokens_BS, micro.cu_seqlens)
             language_model = language_model_loss(output, micro.labels_BS, head, batch.loss_tokens, config.kernels)
             router_parts, weighted = self._router_losses(output.routers, batch.sequences, batch.tokens_BS.shape[1], state.step, previous)
             total = language_model + weighted
@@ -116,10 +117,9 @@ class Stepper:
     ) -> tuple[dict[str, float], list[int], Request]:
         """One small all-reduce for all figures of the step and the ranks' wishes: (losses, rows by source, strongest wish)."""
         wishes = [float(request == Request.SAVE), float(request == Request.PAUSE)]
-        sources = torch.bincount(batch.sources_B, minlength=len(self._config.data.sources)).double()
-        device = sources.device
-        head = torch.stack([value.to(device) for value in losses.values()])
-        vector = torch.cat([head, sources, torch.tensor(wishes, dtype=torch.float64, device=device), routers.flat(device)])
+        sources = torch.bincount(batch.sources_B, minlength=len(self._config.data.sources)).tolist()
+        head = torch.stack(list(losses.values()))
+        vector = torch.cat([head, torch.tensor([*sources, *wishes], dtype=torch.float64).to(head.device), routers.flat(head.device)])
         if self._data.size > 1:
             dist.all_reduce(vector, group=self._data.group)
         routers.load_flat(vector[len(head) + len(sources) + 2 :])

@@ -18,7 +18,10 @@ def archive(run_dir: Path, outbox: Path, day: date) -> Path:
 
     Raises:
         ValueError: there is no run, or it lacks a file that the archive needs; every missing one is listed.
+        OSError: the archive cannot be written; nothing of it is then left.
     """
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"{run_dir}: not a run directory (config.yaml is missing); give the run.dir of a run that has begun")
     config = load_run(run_dir / "config.yaml")
     checkpoints = Checkpoint.listed(run_dir / "checkpoints")
     sources = {
@@ -35,16 +38,27 @@ def archive(run_dir: Path, outbox: Path, day: date) -> Path:
     if missing:
         mend = "train, then 'refractor eval run' and 'refractor eval report'"
         raise ValueError(f"{run_dir} cannot be archived, it lacks {', '.join(missing)}; {mend}")
+    averaged = run_dir / "reports" / "evaluation-ema.json"
+    sources |= {averaged.name: averaged} if averaged.is_file() else {}
+    checklist = _checklist(config.run.name, day, judge(run_dir, sources["evaluation-live.json"]))
     draft = outbox / f".partial-{config.run.name}"
+    try:
+        _write(draft, sources, checklist, {"run": config.run.name, "date": day.isoformat()})
+        return _place(draft, outbox, f"{config.run.name}-{day.isoformat()}")
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        told = f"{error.strerror or error}: could not write the archive and left nothing of it; make room or give another --outbox"
+        raise OSError(error.errno, told, str(outbox)) from error
+
+
+def _write(draft: Path, sources: dict[str, Path], checklist: str, told: dict) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    averaged = run_dir / "reports" / "evaluation-ema.json"
-    for name, path in (sources | ({averaged.name: averaged} if averaged.is_file() else {})).items():
+    for name, path in sources.items():
         shutil.copyfile(path, draft / name)
-    (draft / "checklist.md").write_text(_checklist(config.run.name, day, judge(run_dir, sources["evaluation-live.json"])))
+    (draft / "checklist.md").write_text(checklist)
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(draft.iterdir())}
-    (draft / "manifest.json").write_text(json.dumps({"run": config.run.name, "date": day.isoformat(), "sha256": hashes}, indent=1) + "\n")
-    return _place(draft, outbox, f"{config.run.name}-{day.isoformat()}")
+    (draft / "manifest.json").write_text(json.dumps({**told, "sha256": hashes}, indent=1) + "\n")
 
 
 def _place(draft: Path, outbox: Path, name: str) -> Path:

@@ -1,8 +1,10 @@
 """A checkpoint is all there or not there, and what is damaged is found and named."""
 
 import json
+import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,11 +113,11 @@ def test_the_newest_sound_one_is_found_behind_damaged_ones(tmp_path):
 
 
 def test_prune_keeps_the_newest_and_sweeps_leftovers(tmp_path):
-    for step in (1, 2, 3, 100000000):
+    for step in (1, 2, 99999999, 100000000):  # by name the last would come before the one before it
         saved(tmp_path, step)
     (tmp_path / ".partial-step-00000009").mkdir()
     Checkpoint.prune(tmp_path, keep=2)
-    assert [c.step for c in Checkpoint.listed(tmp_path)] == [3, 100000000] and not list(tmp_path.glob(".partial-*"))
+    assert [c.step for c in Checkpoint.listed(tmp_path)] == [99999999, 100000000] and not list(tmp_path.glob(".partial-*"))
 
 
 def test_a_failing_write_leaves_the_older_checkpoint_alone(tmp_path, monkeypatch):
@@ -165,3 +167,44 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
     body = json.loads(path.read_text())["body"] | {"format": 99}
     path.write_text(json.dumps({"body": body, "sha256": writer_module.seal(body)}))
     assert "format 99" in str(Checkpoint(checkpoint.path).verify()[0])
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="checkpoints: is a file where a folder"):
+        Checkpoint.listed(tmp_path / "checkpoints")
+    assert Checkpoint.listed(tmp_path / "none") == []
+
+
+def test_all_is_on_disk_before_the_name_says_so(tmp_path, monkeypatch):
+    """Files, then the folder that names them, then the rename, then the folder above: a power cut leaves a whole checkpoint or none."""
+    done = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        done.append(f"-> {Path(target).name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(writer_module.os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    saved(tmp_path / "checkpoints")
+    partial = ".partial-step-00000005"
+    assert done == ["rank-00000.safetensors", "manifest.json", partial, "-> step-00000005", "checkpoints"]
+
+
+def test_what_reads_back_other_than_it_was_written_is_no_checkpoint(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    save = safetensors.torch.save_file
+
+    def save_badly(tensors, path):
+        save({name: t.clone().zero_() if name == "rng" else t for name, t in tensors.items()}, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_badly)
+    with pytest.raises(OSError, match="tensor rng reads back other"):
+        saved(tmp_path)
+    assert Checkpoint.listed(tmp_path) == []

@@ -195,6 +195,7 @@ WRONG = {
     "run.seed=-1": "a whole number at least 0",
     "run.threads=x": "a whole number above 0, or null",
     "run.device=cdua": "did you mean cuda?",
+    "run.steps=abc": "a whole number above 0",
     "parallel.data_shard=0": "a whole number above 0, or auto",
     "parallel.data_shard=atuo": "did you mean auto?",
     "optimizer.beta1=1": "a number at least 0 and below 1",

@@ -253,11 +253,30 @@ def test_the_next_build_tidies_up_after_a_kill(tmp_path: Path, moment: str) -> N
 
 
 def test_a_source_that_gives_nothing_is_named_with_what_became_of_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no document stays; 3 were read, .*'filter': 3"):
+    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no .*; 3 were found, .*: min_characters 3; loosen"):
         build(one_source(tmp_path, ["a", "b", "c"]))
-    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no document stays; 0 were read"):
+    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no document stays; 0 were found"):
         build(one_source(tmp_path, []))
     assert entries(tmp_path) == ["web.jsonl"]
+
+
+def test_a_source_that_cannot_be_read_shows_where(tmp_path: Path) -> None:
+    config = one_source(tmp_path, ["a"])
+    (tmp_path / "web.jsonl").write_text('{"txt": 1}\nnot json\n[2]\n')
+    with pytest.raises(ValueError, match=r"missing_text_key 2, invalid_json 1; .*web.jsonl:1: .*'text'; mend the files"):
+        build(config)
+
+
+def test_a_damaged_dataset_is_not_called_built(tmp_path: Path) -> None:
+    config = one_source(tmp_path, [words(number, 100) for number in range(10)])
+    path = build(config).path / "train" / "web.bin"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?s)web.bin: SHA-256 .*data build CONFIG --force"):
+        build(config)
+    build(config, force=True)
+    build(config)
 
 
 def test_a_source_whose_documents_are_all_held_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,3 +229,33 @@ def test_inspect_shows_sources_stages_removals_documents_and_batches(
 def test_a_missing_dataset_says_how_to_get_one(document: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["data", "validate", str(document), f"data.dir={tmp_path}/nowhere"]) == 1
     assert "holds no dataset" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_dataset_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("not a folder")
+    with pytest.raises(ValueError, match="holds no dataset.*refractor data build"):
+        Dataset.open(tmp_path / "data")
+
+
+def test_verifying_some_files_passes_over_the_others(copy: tuple[Path, RunConfig]) -> None:
+    flip(copy[0] / "heldout/web.bin")
+    dataset = Dataset.open(copy[0])
+    dataset.verify("train/", "unigram.npy")
+    for beginnings in (("heldout/",), ("train/", "heldout/"), ()):
+        with pytest.raises(ValueError, match="heldout/web.bin: SHA-256"):
+            dataset.verify(*beginnings)
+
+
+def test_a_table_that_cannot_be_read_is_named(copy: tuple[Path, RunConfig]) -> None:
+    for name, read in (("documents.parquet", Dataset.documents), ("audit.parquet", Dataset.audit)):
+        (copy[0] / name).write_bytes(b"x" * (copy[0] / name).stat().st_size)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read .*refractor data build"):
+            read(Dataset.open(copy[0]))
+
+
+def test_a_token_outside_the_vocabulary_stops_the_batch_that_reads_it(copy: tuple[Path, RunConfig]) -> None:
+    edit_store(copy[0], "train/books", lambda tokens: tokens.fill(299))
+    BatchPlan(Dataset.open(copy[0]), copy[1]).batch(0)
+    edit_store(copy[0], "train/books", lambda tokens: tokens.fill(300))
+    with pytest.raises(ValueError, match=r"train/books.bin: holds token 300, outside the vocabulary of 300; .*refractor data build"):
+        BatchPlan(Dataset.open(copy[0]), copy[1]).batch(0)

@@ -75,3 +75,9 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="model.vocab_size = 256: .* at least 257"):
         TextTokenizer.train(["text"], 256, EOS)
     assert TextTokenizer.train(["text"], 257, EOS).size == 257
+
+
+def test_bytes_that_are_no_text_are_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b"{\xff\xfe}")
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer.json of Hugging Face"):
+        TextTokenizer.load(tmp_path / "tokenizer.json", EOS)

@@ -104,3 +104,21 @@ def test_asking_for_what_is_not_there_is_told(trained, tmp_path, capsys):
     assert main(["eval", "run", str(tmp_path)]) == 1
     assert "config.yaml" in capsys.readouterr().err
     build_report(run.run.dir)
+
+
+@pytest.mark.parametrize("name", ["heldout/one.bin", "unigram.npy", "documents.parquet"])
+def test_figures_never_rest_on_damaged_files(trained, name):
+    run, _ = trained
+    path = Path(run.data.dir, name)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    try:
+        with pytest.raises(ValueError, match=f"{name}: SHA-256"):
+            evaluate_checkpoint(Path(run.run.dir))
+    finally:
+        path.write_bytes(sound)
+
+
+def test_a_device_that_is_not_there_is_told(trained):
+    with pytest.raises(ValueError, match="device = nonsense: cannot be used here"):
+        evaluate_checkpoint(Path(trained[0].run.dir), device="nonsense")

@@ -38,6 +38,13 @@ def test_equals_are_blocked_in_at_most_two_percent_and_regressions_in_at_least_9
     assert set(better) == {"pass"}
 
 
+def test_a_sure_loss_that_may_lie_inside_the_margin_is_no_regression():
+    """d̄ = −0.4 %, SE = 0.17 %, margin 0.5 %: surely worse than before, not surely by more than is allowed."""
+    losses = [0.004 + sign * 0.0055 for sign in (-1, 1)] * 5
+    verdict = gate(rows([1 + loss for loss in losses]), rows([1.0] * 10))
+    assert verdict.difference + Z * verdict.standard_error < 0 and verdict.outcome == "inconclusive"
+
+
 def test_at_the_margin_at_most_five_percent_pass():
     """Non-inferiority's error: a model exactly δ worse passes with probability 5 %."""
     draw = np.random.default_rng(1)
@@ -82,4 +89,7 @@ def test_missing_or_broken_files_are_named(tmp_path):
         read_rows(tmp_path, "ema")
     (tmp_path / "x.documents.jsonl").write_text("{")
     with pytest.raises(ValueError, match="x.documents.jsonl"):
+        read_rows(tmp_path / "x.json")
+    (tmp_path / "x.documents.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(ValueError, match="x.documents.jsonl: not per-document rows"):
         read_rows(tmp_path / "x.json")

@@ -127,6 +127,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 
 
 MOE = MoeConfig(num_experts=4, top_k=2, expert_hidden_size=8)
+SHARED = MOE.model_copy(update={"num_shared_experts": 1})
 PLAIN = ModelConfig(vocab_size=9, hidden_size=8, num_layers=2, num_heads=2, moe=MOE)
 
 
@@ -134,9 +135,10 @@ PLAIN = ModelConfig(vocab_size=9, hidden_size=8, num_layers=2, num_heads=2, moe=
     ("config", "family", "message"),
     [
         (PLAIN.model_copy(update={"moe": None}), None, "model.moe = null"),
-        (PLAIN.model_copy(update={"moe": MOE.model_copy(update={"num_shared_experts": 1})}), None, "model.moe.num_shared_experts = 1"),
+        (PLAIN.model_copy(update={"moe": SHARED}), None, "model.moe.num_shared_experts = 1"),
         (PLAIN.model_copy(update={"attention": AttentionConfig(qk_norm="head")}), "olmoe", "olmoe cannot express model.attention.qk_norm"),
         (PLAIN.model_copy(update={"rope": RopeConfig(interleaved=True)}), "mixtral", "model.rope.interleaved"),
+        (PLAIN.model_copy(update={"num_kv_heads": 1, "moe": SHARED}), None, "(?s)mixtral cannot .*olmoe cannot .*deepseek_v3 cannot"),
         (PLAIN, "llama", "family = 'llama'"),
     ],
 )

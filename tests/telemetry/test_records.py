@@ -123,3 +123,20 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_whole_lines(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert read_status(tmp_path / "status.json")["state"] == "running"
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "status.json"]
+
+
+@pytest.mark.parametrize("line", ['{"step": "7"}', '{"step": null}', '{"step": true}', "[1]", "{}"])
+def test_a_line_that_is_no_row_is_passed_over_and_dropped(tmp_path, line):
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    with log.path.open("a") as file:
+        file.write(line + "\n")
+    assert read_steps(log.path) == [{"step": 1}]
+    log.truncate_after(5)
+    assert log.path.read_text() == '{"step": 1}\n'
+
+
+def test_a_status_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "status.json").write_text("[1]")
+    with pytest.raises(ValueError, match="status.json: not a status file"):
+        read_status(tmp_path / "status.json")

@@ -159,7 +159,11 @@ def _express(config: ModelConfig, name: str | None) -> tuple[Family, dict[str, A
         raise ValueError("model.moe = null: all families that can be exported have experts")
     reasons = []
     for family in [_FAMILIES[name]] if name else _FAMILIES.values():
-        differing = _inexpressible(config, family)
+        try:
+            differing = _inexpressible(config, family)
+        except ValueError as error:  # what would be written is not of this family at all
+            reasons.append(f"{family.name} cannot express it ({error})")
+            continue
         if not differing:
             return family, family.to_hub(config)
         reasons.append(f"{family.name} cannot express " + ", ".join(differing))

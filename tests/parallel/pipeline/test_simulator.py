@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refractor_core.parallel.pipeline.actions import RECEIVES, Kind
+from refractor_core.parallel.pipeline.actions import RECEIVES, Action, Kind
 from refractor_core.parallel.pipeline.schedules import KINDS, build_schedule
 from refractor_core.parallel.pipeline.simulator import Costs, simulate
 from refractor_core.parallel.pipeline.validator import ScheduleError, validate
@@ -122,6 +122,17 @@ def test_transfers_travel_in_the_shade_of_compute():
     """Two ranks of GPipe: only the first transfer there and the last one back are seen, if each RECV is posted in time."""
     slow, free = (simulate(build_schedule("gpipe", 2, 8), Costs(4, 2, 2, communication=c)) for c in (1, 0))
     assert slow.makespan - free.makespan == 2
+
+
+def test_a_receive_posted_late_is_a_transfer_seen():
+    """Planted: the last rank posts the second RECV only when it has nothing left to compute."""
+    schedule = build_schedule("gpipe", 2, 2)
+    order = list(schedule.actions[1])
+    late = order.index(Action(Kind.RECV_ACTIVATION, 1, 1))
+    assert order[late + 1] == Action(Kind.FORWARD, 1, 0)
+    order[late : late + 2] = reversed(order[late : late + 2])
+    costs = Costs(4, 2, 2, communication=1)
+    assert simulate(changed(schedule, 1, order), costs).makespan == simulate(schedule, costs).makespan + 1
 
 
 @given(sizes(least_pipeline=2), times, quarters)
