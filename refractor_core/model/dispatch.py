@@ -60,7 +60,8 @@ class Dispatch:
         numbers = torch.arange(own, device=x_MD.device).repeat(senders)
         indices_M = numbers.repeat_interleave(self._count_Re.flatten())
         if self._inside.size > 1:
-            self._rows = _exchanged_counts(torch.full((self._inside.size, 1), len(x_MD), device=x_MD.device), self._inside).flatten().tolist()
+            own_R1 = torch.full((self._inside.size, 1), len(x_MD), device=x_MD.device)
+            self._rows = _exchanged_counts(own_R1, self._inside).flatten().tolist()
             x_MD, weights_M, indices_M = (self._gathered(t) for t in (x_MD, weights_M, indices_M))
         return x_MD, indices_M.unsqueeze(1), weights_M.unsqueeze(1)
 

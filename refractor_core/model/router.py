@@ -19,7 +19,6 @@ from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import parameter
 from refractor_kernels import route
 
-
 ALONE = Axis("tensor")
 """One rank has all tokens."""
 

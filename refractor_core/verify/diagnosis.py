@@ -80,9 +80,8 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
     totals = [sum(picked) for picked in zip(*losses.values(), strict=True)]
     loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in totals)
     largest = max(piece.gradient.double().norm().item() for piece in reference.pieces.values())
-    errors = {
-        name: _error(piece.gradient, [o.pieces[name] for o in outcomes], tolerance.floor * largest) for name, piece in reference.pieces.items()
-    }
+    floor = tolerance.floor * largest
+    errors = {name: _error(piece.gradient, [o.pieces[name] for o in outcomes], floor) for name, piece in reference.pieces.items()}
     errors[NORM] = max(_or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
     wrong = [name for name, error in errors.items() if not error <= tolerance.gradient]
     culprit = ""

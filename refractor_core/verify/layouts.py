@@ -1,13 +1,15 @@
 """``refractor verify layouts``: the user's model under each layout, against one process: loss and every parameter's gradient.
 
-The model, its losses and its micro batches are the config's, every router objective is on, and tokens are random in packed documents of
-random lengths. Ranks are processes of this machine and need no GPU.
+The model, its losses and its micro batches are the config's and every router objective is on. The batch is the run's first; where there is
+no dataset yet, or the model is shrunk, tokens are random, in packed documents of random lengths. Ranks are processes of this machine and
+need no GPU.
 """
 
 import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from refractor_core.config import ConfigError, Problem, RunConfig, load_run
 from refractor_core.config.parallel import ParallelConfig
 from refractor_core.config.rules import RULES, check, only_data_parallelism
 from refractor_core.config.splitting import SPLITTING
+from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
@@ -91,7 +94,7 @@ def verify_layouts(
     found = _legal(config, layouts)
     if shrink:
         config = shrunk(config, [layout for _, layout in found])
-    trial = _trial(config, DTYPES[dtype])
+    trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype])
     reference = run_trial(trial, Mesh.single())
     log(f"one process: loss {reference.loss:.12g}, gradient norm {reference.norm:.12g}, {len(reference.pieces)} parameters, {dtype}")
     if dtype != "float64":
@@ -156,16 +159,21 @@ def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]
     return found
 
 
-def _trial(config: RunConfig, dtype: torch.dtype) -> Trial:
-    objectives = config.objectives
-    on = {}
+def _with_objectives(config: RunConfig) -> RunConfig:
+    """The run with every router objective on."""
+    objectives, on = config.objectives, {}
     for name in ("load_balance", "z_loss", "regret"):
         section = getattr(objectives, name)
         on[name] = section.model_copy(update={"weight": section.weight or 1e-2})
-    config = config.model_copy(update={"objectives": objectives.model_copy(update=on)})
+    return config.model_copy(update={"objectives": objectives.model_copy(update=on)})
+
+
+def _batch(config: RunConfig, synthetic: bool) -> Batch:
+    folder = Path(config.data.dir)
+    if not synthetic and folder.is_dir():
+        return BatchPlan(Dataset.open(folder), config).batch(0)
     length = config.curriculum.stages[0].sequence_length
-    batch = synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, config.run.seed)
-    return Trial(config, batch, dtype)
+    return synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, config.run.seed)
 
 
 def _result(text: str, layout: Layout, comparison: Comparison, changed: float) -> LayoutResult:
@@ -174,7 +182,7 @@ def _result(text: str, layout: Layout, comparison: Comparison, changed: float) -
 
 
 def _line(result: LayoutResult) -> str:
-    told = f"{'ok  ' if result.passed else 'FAIL'} {result.layout or 'one rank'} on {result.world_size} ranks: loss {result.loss_error:.1e}, "
-    told += f"worst gradient {result.worst_gradient_error:.1e} ({result.worst_parameter})"
+    told = f"{'ok  ' if result.passed else 'FAIL'} {result.layout or 'one rank'} on {result.world_size} ranks: "
+    told += f"loss {result.loss_error:.1e}, worst gradient {result.worst_gradient_error:.1e} ({result.worst_parameter})"
     told += f", {result.changed_routes:.2%} of routes would change" if result.changed_routes else ""
     return told + (f"\n     {result.culprit}" if result.culprit else "")
