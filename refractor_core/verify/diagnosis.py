@@ -36,15 +36,13 @@ class Tolerance:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "Tolerance":
-        """float64: the project's promise. Below: multiples of the format's epsilon, since sums over ranks round in another order, and each
-        of some ten roundings per layer is carried on by those after it."""
+        """float64: the project's promise. Below: a thousand of the format's epsilons, since sums over ranks round in another order, and
+        what one layer rounds the next ones carry on; but never more than a quarter, for a sum too many or too few changes a gradient by
+        a half or more."""
         if dtype == torch.float64:
             return cls(1e-9, 1e-12, 1e-6)
         epsilon = torch.finfo(dtype).eps
-        return cls(gradient=_GRADIENT_EPSILONS * epsilon, loss=_LOSS_EPSILONS * epsilon, floor=max(1e-6, epsilon))
-
-
-_GRADIENT_EPSILONS, _LOSS_EPSILONS = 32, 2
+        return cls(gradient=min(0.25, 1000 * epsilon), loss=4 * epsilon, floor=max(1e-6, epsilon))
 
 
 @dataclass(frozen=True)
