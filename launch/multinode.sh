@@ -43,6 +43,7 @@ RESEND_SECONDS=5
 refractor train "$@" --check $((SLURM_NNODES * NPROC)) || exit $?
 RUN_DIR=$(refractor config show "$@" --key run.dir) || exit $?
 STATUS=$RUN_DIR/status.json
+rm -f "$RUN_DIR/requests/pause" "$RUN_DIR/requests/save" # wishes for a job that is gone
 stamp() { stat -c '%i %y' "$STATUS" 2>/dev/null; }
 BEFORE=$(stamp)
 

@@ -83,6 +83,10 @@ class Checkpoint:
             raise DamagedCheckpoint([Damage(path, "its checksum does not match its content")])
         if body["format"] != FORMAT:
             raise DamagedCheckpoint([Damage(path, f"is of format {body['format']}, this version reads {FORMAT}")])
+        outside = {told["file"] for told in body["tensors"].values()} - body["files"].keys()
+        outside |= {name for name in body["files"] if Path(name).name != name}
+        if outside:  # a checkpoint from somewhere else must not have files read that are not its own
+            raise DamagedCheckpoint([Damage(path, f"names files that are not the checkpoint's own: {', '.join(sorted(outside))}")])
         return body
 
     @property

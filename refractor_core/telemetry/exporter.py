@@ -21,15 +21,18 @@ class Exporter:
         run_id: the run's name.
         config_sha: hash of the resolved config.
         version: version of this package.
+        tokens: tokens of the global batches before this process, with which their counter begins: from 0 a resumed run would look as if
+            it had read them all in its first step.
 
     Raises:
         ValueError: the address cannot be listened on.
     """
 
-    def __init__(self, host: str, port: int, *, run_id: str = "", config_sha: str = "", version: str = ""):
+    def __init__(self, host: str, port: int, *, run_id: str = "", config_sha: str = "", version: str = "", tokens: int = 0):
         self.registry = CollectorRegistry()
         self._metrics = {metric.name: _collector(metric, self.registry) for metric in CATALOGUE}
-        self._tokens = 0
+        self._tokens = tokens
+        self.increment("trainer_tokens_total", tokens)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:

@@ -89,19 +89,24 @@ class StepLog(LineFile):
         """Adds a step's row; ``row["step"]`` counts from 1."""
         self.append(row)
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> int:
         """Forgets the rows of later steps, which a run resumed at ``step`` is about to do again. All or nothing.
 
         Where a step stands twice the later row stays; a line that is not a row is dropped.
+
+        Returns:
+            How many rows stay; fewer than ``step`` if somebody else removed some.
         """
         rows = {row["step"]: line for row, line in _step_rows(self.path) if row["step"] <= step}
         replace_atomically(self.path, b"".join(rows[key] + b"\n" for key in sorted(rows)))
         self.close()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        return len(rows)
 
 
 class EventLog(LineFile):
-    """``events.jsonl``: what happened beside steps: start, resume, skip, save, verify, pause, evaluation, end."""
+    """``events.jsonl``: what happened beside steps: start, resume, skip, save, save_failed, damaged_checkpoint,
+    paused, completed, failed."""
 
     def write(self, kind: str, step: int, **fields: object) -> None:
         """Adds an event with the time in UTC."""

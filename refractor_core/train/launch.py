@@ -1,7 +1,6 @@
 """Starts the ranks of one machine through torchrun or joins those that are there, and turns what became of the run into an exit code."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from refractor_core.telemetry.records import read_status, write_status
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.loop import Trainer, preflight
 from refractor_core.train.place import Place
-from refractor_core.train.requests import Request, leave, withdraw
+from refractor_core.train.requests import PAUSING, Request, handling, leave, withdraw
 from refractor_core.train.runtime import Runtime, check_device
 
 COMPLETED, FAILED, PAUSED = 0, 1, 75
@@ -31,10 +30,11 @@ def join(config: RunConfig, place: Place, directory: RunDirectory) -> int:
     Returns: the exit code. Under torchrun a pause is 0 too, because torchrun turns every other code into 1; whoever started it reads
         ``status.json``.
     """
-    # Told before the process group falls apart, for then the other ranks fail too, with nothing to say but that this one has left;
-    # and inside the lock, for without it the status is another job's.
+    # Inside the lock: without it the status is another job's.
     with directory.locked() if place.rank == 0 else nullcontext(), _failure_told(directory.status, place.rank):
-        with Runtime.joined(config, place) as runtime, _failure_told(directory.status, place.rank):
+        if not place.under_torchrun:  # under it, whoever started it has, and a wish may be from then on
+            withdraw(directory.requests, Request.PAUSE)
+        with Runtime.joined(config, place) as runtime:
             outcome = Trainer(config, runtime, directory).run()
     return PAUSED if outcome == "paused" and not place.under_torchrun else COMPLETED
 
@@ -52,19 +52,15 @@ def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory
     preflight(config, directory)
     check_device(config, ranks)
     with directory.locked():  # fails now if a job is there; the ranks take the lock themselves
+        withdraw(directory.requests, Request.PAUSE)  # what was left for a job that is gone
         write_status(directory.status, **{**read_status(directory.status), "state": "running", "world_size": ranks})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "refractor_core.cli.main", "train", *arguments]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
-    asked = lambda number, frame: leave(directory.requests, Request.PAUSE)  # noqa: E731
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to pause instead of letting torchrun end them.
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
-    try:
+    with handling(PAUSING, lambda number, frame: leave(directory.requests, Request.PAUSE)):
+        # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to pause instead of letting torchrun end them.
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
         process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     withdraw(directory.requests, Request.PAUSE)  # one that came too late would stop the next run
     _note_failure(directory.status, f"a rank died without a word (torchrun returned {process.returncode})")
     if (code := exit_code(directory.status)) == FAILED:  # last, below what torchrun tells of its processes

@@ -59,6 +59,7 @@ class Trainer:
                 if self.records:
                     with suppress(OSError):  # on a full disk the first error is the one to raise
                         self.records.events.write("failed", self.state.step, reason=str(error))
+                        self.records.status("running", self.state.step)  # how far it came; whoever started the run adds that it failed
                 raise
         if self.records:
             self.records.events.write(outcome, self.state.step)

@@ -17,8 +17,14 @@ class Place:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """Reads torchrun's variables."""
+        """Reads torchrun's variables.
+
+        Raises:
+            ValueError: srun started several processes without torchrun; each would take itself for the only one.
+        """
         if "RANK" not in environment:
+            if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+                raise ValueError("srun started several processes, but no torchrun tells them their ranks; use launch/multinode.sh")
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return cls(*(int(environment[name]) for name in names), under_torchrun=True)

@@ -30,13 +30,16 @@ class Records:
         self._config, self._directory, self._peak, self._world_size = config, directory, peak, world_size
         self.events = EventLog(directory.events)
         self._steps = StepLog(directory.metrics)
-        self._steps.truncate_after(step)
+        lost = step - self._steps.truncate_after(step)
         port, host = config.telemetry.prometheus_port, config.telemetry.prometheus_host
         told = {"run_id": config.run.name, "config_sha": config_sha(config), "version": __version__}
-        self._exporter = None if port is None else Exporter(host, port, **told)
+        self._exporter = None if port is None else Exporter(host, port, **told, tokens=tokens)
         self._progress = Progress(config.run.steps, total_tokens(config), interval=config.telemetry.progress_seconds, done=tokens)
         self._status_written = -math.inf
         self.events.write("resume" if step else "start", step, world_size=world_size, machine=machine(), **told)
+        if lost:
+            self.events.write("rows_missing", step, count=lost)
+            self.note(f"warning: {directory.metrics} lacks {lost} of the {step} steps that are done; put back a copy of it if there is one")
         self.status("running", step)
 
     def write_step(self, result: StepResult, step: int, tokens: int, sequence_length: int, seconds: float, flops_per_token: float) -> None:

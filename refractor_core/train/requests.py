@@ -1,8 +1,8 @@
 """Wishes from outside a running job: save and stop, or save and go on. By signal or by file, the same thing."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 from pathlib import Path
 
@@ -28,24 +28,34 @@ def withdraw(folder: Path, request: Request) -> None:
             (folder / weaker.name.lower()).unlink(missing_ok=True)
 
 
-class Requests:
-    """Collects wishes: SIGTERM, SIGINT and SIGUSR1 mean pause, SIGUSR2 means save; files come from ``leave``."""
+PAUSING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that mean pause. SIGHUP is what a closed terminal sends."""
 
-    _SIGNALS = {signal.SIGTERM: Request.PAUSE, signal.SIGINT: Request.PAUSE, signal.SIGUSR1: Request.PAUSE, signal.SIGUSR2: Request.SAVE}
+
+@contextmanager
+def handling(signals: Iterable[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handles signals while it lasts. One that is ignored because of ``nohup`` stays ignored."""
+    wanted = [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Requests:
+    """Collects wishes: the signals of ``PAUSING`` mean pause, SIGUSR2 means save; files come from ``leave``."""
+
+    _SIGNALS = {**dict.fromkeys(PAUSING, Request.PAUSE), signal.SIGUSR2: Request.SAVE}
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._signalled = Request.NONE
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Handles the signals while it lasts."""
-        before = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling(self._SIGNALS, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signalled = max(self._signalled, self._SIGNALS[signal.Signals(number)])

@@ -1,6 +1,7 @@
 """Exit criteria of a run: each is met by evidence in the archive, or open with the reason why."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,10 @@ def _checkpoint(run: Path, evaluation: Path) -> tuple[bool, str]:
 
 
 def _below_unigram(run: Path, evaluation: Path) -> tuple[bool, str]:
-    told = json.loads(evaluation.read_text())["overall"]
-    loss, unigram = told["nats_per_token"], told["unigram_nats_per_token"]
+    told, last = json.loads(evaluation.read_text()), read_status(run / "status.json")["step"]
+    if told["step"] != last:
+        return False, f"the evaluation is of step {told['step']}, the run is at step {last}; evaluate again"
+    loss, unigram = told["overall"]["nats_per_token"], told["overall"]["unigram_nats_per_token"]
     return loss < 0.85 * unigram, f"{loss:.3f} nats per token against {unigram:.3f}"
 
 
@@ -91,10 +94,10 @@ def _bands(run: Path, evaluation: Path) -> tuple[bool, str]:
     rows = read_steps(run / "metrics.jsonl")
     last = rows[-max(1, len(rows) // 5) :]
     layers = {entry["layer"] for entry in last[-1]["router"]}
-    means = {
-        layer: {name: fmean(entry[name] for row in last for entry in row["router"] if entry["layer"] == layer) for name in OBJECTIVES}
-        for layer in layers
-    }
+    seen = {layer: [entry for row in last for entry in row["router"] if entry["layer"] == layer] for layer in layers}
+    # A figure that was not finite is null in its row; a mean over such a row is in no band.
+    number = lambda value: math.nan if value is None else value  # noqa: E731
+    means = {layer: {name: fmean(number(entry[name]) for entry in rows) for name in OBJECTIVES} for layer, rows in seen.items()}
     verdicts = in_band(load_run(run / "config.yaml").objectives, means)
     outside = [f"{v.objective} of layer {v.layer} is {v.value:.3g}, band {v.band}" for v in verdicts if not v.inside]
     return not outside, "; ".join(outside) or f"{len(verdicts)} bands held over the last {len(last)} steps"

@@ -208,3 +208,16 @@ def test_what_reads_back_other_than_it_was_written_is_no_checkpoint(tmp_path, mo
     with pytest.raises(OSError, match="tensor rng reads back other"):
         saved(tmp_path)
     assert Checkpoint.listed(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/elsewhere.safetensors", "unlisted.safetensors"])
+def test_a_manifest_cannot_name_files_of_others(tmp_path, file):
+    checkpoint = saved(tmp_path)
+    path = checkpoint.path / "manifest.json"
+    body = json.loads(path.read_text())["body"]
+    body["tensors"]["model.weight"]["file"] = file
+    if not file.startswith("unlisted"):
+        body["files"][file] = {"bytes": 0, "sha256": ""}
+    path.write_text(json.dumps({"body": body, "sha256": writer_module.seal(body)}))
+    with pytest.raises(DamagedCheckpoint, match="not the checkpoint's own.*elsewhere|not the checkpoint's own.*unlisted"):
+        Checkpoint(checkpoint.path).tensors("model.")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from refractor_core.config.model import AttentionConfig, ModelConfig, MoeConfig, RopeConfig, RopeScalingConfig
 from refractor_core.model.decoder import Decoder
-from refractor_core.model.hub import config_from_hub, export_hub, import_hub
+from refractor_core.model.hub import config_from_hub, directory, export_hub, import_hub
 from refractor_core.parallel.sharding import initialise
 from tests.model.families import CASES, hub_model, save
 
@@ -166,3 +166,23 @@ def test_our_own_models_are_exported_with_the_family_found(tmp_path):
     assert torch.equal(import_hub(tmp_path)(tokens).logits, expected(tokens).logits)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing_and_one_that_would_overwrite_is_refused(tmp_path, monkeypatch):
+    model = Decoder(PLAIN.model_copy(update={"moe": MOE.model_copy(update={"first_dense_layers": 0})}))
+    initialise(model, 0)
+    real = directory.json.dumps
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(directory.json, "dumps", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_hub(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(directory.json, "dumps", real)
+    export_hub(model, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="give a new directory"):
+        export_hub(model, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

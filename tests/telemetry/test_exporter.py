@@ -117,6 +117,16 @@ def test_a_taken_port_names_the_key_and_a_closed_one_is_free_again(exporter):
         Exporter("192.0.2.1", 0)
 
 
+def test_a_resumed_runs_tokens_go_on_from_where_they_were():
+    resumed = Exporter("127.0.0.1", 0, tokens=32)
+    try:
+        assert scrape(resumed)["trainer_tokens_total", ()] == 32
+        resumed.observe_step(row(3))
+        assert scrape(resumed)["trainer_tokens_total", ()] == 48
+    finally:
+        resumed.close()
+
+
 def test_a_row_without_routers_and_a_repeated_row_are_fine(exporter):
     dense = {key: value for key, value in row(3).items() if key != "router"}
     exporter.observe_step(dense)

@@ -14,7 +14,7 @@ from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.data import BatchPlan
 from refractor_core.parallel.mesh import Axis
 from refractor_core.telemetry.records import StepLog, write_status
-from refractor_core.train import launch
+from refractor_core.train import launch, loop
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.place import Place
 from tests.train import tiny
@@ -171,3 +171,22 @@ def test_a_run_on_the_cpu_leaves_the_gpu_next_to_it_alone(tiny_config, monkeypat
     tiny.train(run)
     tensors, _ = tiny.final(run)
     assert not [name for name in tensors if name.endswith(".cuda")]
+
+
+def test_rows_are_on_disk_before_the_checkpoint_that_follows_them(tiny_config, monkeypatch):
+    """Else a power cut could leave a checkpoint whose steps have no rows, and they would never be done again."""
+    done = []
+    sync, save = StepLog.sync, loop.write
+
+    def note_sync(self):
+        done.append("rows")
+        sync(self)
+
+    def note_save(*args):
+        done.append("checkpoint")
+        return save(*args)
+
+    monkeypatch.setattr(StepLog, "sync", note_sync)
+    monkeypatch.setattr(loop, "write", note_save)
+    tiny.train(tiny_config(run__steps=4))
+    assert done == ["rows", "checkpoint"] * 2

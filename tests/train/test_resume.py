@@ -167,3 +167,13 @@ def test_two_ranks_resume_bit_exact(ranks, tiny_config):
     tensors, _ = tiny.final(one)
     assert "rng.1.cpu" in tensors
     assert not torch.equal(tensors["rng.0.cpu"], tensors["rng.1.cpu"])
+
+
+def test_rows_that_somebody_removed_are_told(tiny_config, capsys):
+    config = tiny_config(run__steps=3)
+    tiny.train(config)
+    (Path(config.run.dir) / "metrics.jsonl").unlink()
+    assert tiny.train(tiny_config(run__steps=5)) == 0
+    assert [event["count"] for event in tiny.events(config, "rows_missing")] == [3]
+    assert "metrics.jsonl lacks 3 of the 3 steps" in capsys.readouterr().err
+    assert tiny.train(tiny_config(run__steps=5)) == 0 and [row["step"] for row in tiny.rows(config)] == [4, 5]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from refractor_core.config import ConfigError
+from refractor_core.train.place import Place
 from refractor_core.train.runtime import check_device
 
 
@@ -27,3 +28,11 @@ def test_every_rank_needs_a_device(tiny_config, monkeypatch, device, seen, ranks
         return
     with pytest.raises(ConfigError, match=message):
         check_device(config, ranks)
+
+
+def test_srun_without_torchrun_is_refused():
+    assert Place.from_environment({"SLURM_STEP_NUM_TASKS": "1"}) == Place()
+    with pytest.raises(ValueError, match="launch/multinode.sh"):
+        Place.from_environment({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
+    torchrun = {"SLURM_STEP_NUM_TASKS": "4", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert Place.from_environment(torchrun) == Place(3, 4, 1, 2, under_torchrun=True)

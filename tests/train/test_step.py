@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from refractor_core.checkpoint import Checkpoint
 from refractor_core.data import BatchPlan, Dataset
+from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.train.place import Place
-from refractor_core.train.requests import Request, leave
+from refractor_core.train.requests import PAUSING, Request, handling, leave
 from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
 from refractor_core.train.step import Stepper
@@ -102,6 +104,13 @@ def test_too_many_skips_in_a_row_end_the_run(tiny_config):
     assert status["state"] == "failed" and "max_consecutive_skips" in status["reason"]
 
 
+def test_the_loss_scale_is_taken_out_of_the_gradients(tiny_config):
+    scales = [stepped(tiny_config(precision__compute="fp16", precision__initial_loss_scale=2.0**k), steps=1)[0][0] for k in (4, 10)]
+    plain, *_ = stepped(tiny_config(), steps=1)[0]
+    for losses in scales:
+        assert losses["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.02)
+
+
 def test_gradients_are_clipped_at_the_global_norm(tiny_config):
     config = tiny_config(stability__gradient_clip_norm=1e-3, precision__compute="fp64")
     losses, gradients, _ = stepped(config, steps=1)
@@ -109,38 +118,58 @@ def test_gradients_are_clipped_at_the_global_norm(tiny_config):
     assert losses[0]["grad_norm"] > 0.1 and norm == pytest.approx(1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("how", ["file", "signal"])
-def test_a_pause_is_granted_after_the_step_and_the_run_goes_on_from_there(tiny_config, how):
+@pytest.fixture
+def at_step_2(monkeypatch):
+    """``at_step_2(act)``: calls ``act()`` when the third step (number 2) takes its batch."""
+    before = BatchPlan.batch
+
+    def plan(act):
+        monkeypatch.setattr(BatchPlan, "batch", lambda self, step, *place: (act() if step == 2 else None, before(self, step, *place))[1])
+
+    return plan
+
+
+@pytest.mark.parametrize("how", ["file", signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_pause_is_granted_after_the_step_and_the_run_goes_on_from_there(tiny_config, at_step_2, how):
     undisturbed, config = tiny_config("undisturbed"), tiny_config("paused")
     tiny.train(undisturbed)
-    if how == "file":
-        leave(Path(config.run.dir) / "requests", Request.PAUSE)
-    else:
-        before, signal_after = BatchPlan.batch, 2
-
-        def batch(self, step, *place):
-            if step == signal_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return before(self, step, *place)
-
-        BatchPlan.batch = batch
-    try:
-        assert tiny.train(config) == 75
-    finally:
-        if how == "signal":
-            BatchPlan.batch = before
+    wishes = Path(config.run.dir) / "requests"
+    at_step_2(lambda: leave(wishes, Request.PAUSE) if how == "file" else os.kill(os.getpid(), how))
+    assert tiny.train(config) == 75
     assert json.loads((Path(config.run.dir) / "status.json").read_text())["state"] == "paused"
-    assert len(tiny.rows(config)) == (1 if how == "file" else 3)
+    assert len(tiny.rows(config)) == 3
+    at_step_2(lambda: None)
     assert tiny.train(config) == 0
     tiny.assert_same_end(undisturbed, config)
 
 
-def test_a_save_is_granted_and_training_goes_on(tiny_config):
+def test_a_save_is_granted_once_and_training_goes_on(tiny_config, at_step_2):
     config = tiny_config(checkpoint__interval_steps=100, checkpoint__keep_last=5)
-    leave(Path(config.run.dir) / "requests", Request.SAVE)
+    at_step_2(lambda: leave(Path(config.run.dir) / "requests", Request.SAVE))
     assert tiny.train(config) == 0
-    assert [event["step"] for event in tiny.events(config, "save")] == [1, tiny.STEPS]
+    assert [event["step"] for event in tiny.events(config, "save")] == [3, tiny.STEPS]
     assert not any((Path(config.run.dir) / "requests").iterdir())
+
+
+def test_a_wish_for_a_job_that_is_gone_does_not_stop_the_next_one(tiny_config):
+    config = tiny_config()
+    leave(Path(config.run.dir) / "requests", Request.PAUSE)
+    assert tiny.train(config) == 0
+
+
+def test_a_closed_terminal_pauses_but_nohup_keeps_its_promise():
+    seen = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handling(PAUSING, lambda number, frame: seen.append(number)):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert seen == []
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with handling(PAUSING, lambda number, frame: seen.append(number)):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert seen == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_job_in_the_same_directory_is_refused(tiny_config):
@@ -186,5 +215,8 @@ def test_training_learns_and_the_row_has_what_the_contract_names(tiny_config):
     contract = "step tokens loss loss_language_model grad_norm learning_rate sequence_length tokens_per_second step_seconds skipped mfu"
     assert set(contract.split()) <= found[-1].keys() and found[-1]["tokens"] == 4 * (4 * 32 + 36 * 64)
     assert sum(found[-1]["sources"].values()) == 4
+    assert [c.step for c in Checkpoint.listed(Path(config.run.dir) / "checkpoints")] == [39, 40]  # every third and the last, keep_last = 2
+    schedule = Schedule(config.schedule, config.optimizer.learning_rate)
+    assert [row["learning_rate"] for row in found] == [schedule.rate(row["step"]) for row in found]
     (layer,) = found[-1]["router"]
     assert sum(layer["counts"]) == 4 * 64 * 2 and layer["layer"] == 1

@@ -20,7 +20,8 @@ def trained(tmp_path_factory):
     from refractor_core.cli.main import main
 
     folder = tiny.prepare(tmp_path_factory.mktemp("archived"))
-    config = tiny.config(folder, run__steps=60, schedule={"warmup_steps": 5, "decay_steps": 40})
+    bands = {name: {"band": (0.0, 100.0)} for name in ("load_balance", "z_loss", "regret")}  # wide, so that a criterion can turn
+    config = tiny.config(folder, run__steps=60, schedule={"warmup_steps": 5, "decay_steps": 40}, objectives=bands)
     assert tiny.train(config) == 0
     assert main(["eval", "run", config.run.dir]) == 0 and main(["eval", "report", config.run.dir]) == 0
     return Path(config.run.dir)
@@ -81,8 +82,12 @@ def test_a_run_without_evidence_is_refused_by_name(run, tmp_path):
 
 def test_each_criterion_can_fail(run):
     """One fault planted per criterion: exactly the lines that it concerns turn."""
+    file = run / "reports" / "evaluation-live.json"  # so short a run does not get below the unigram model by itself
+    told = json.loads(file.read_text())
+    told["overall"]["nats_per_token"] = told["overall"]["unigram_nats_per_token"] / 2
+    file.write_text(json.dumps(told))
     before = met(run)
-    assert sum(before.values()) >= 6
+    assert sum(before.values()) == 8
 
     def after(harm) -> set[str]:
         copy = Path(shutil.copytree(run, run.with_name("harmed")))
@@ -117,9 +122,42 @@ def test_each_criterion_can_fail(run):
         told["overall"]["nats_per_token"] = told["overall"]["unigram_nats_per_token"]
         file.write_text(json.dumps(told))
 
+    def evaluate_another_step(copy):
+        file = copy / "reports" / "evaluation-live.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 30}))
+
+    def lose_a_figure(copy):
+        rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+        rows[-2]["router"][0]["z_loss"] = None
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     assert after(status) == {"status"}
+    assert after(evaluate_another_step) == {"evaluation-live"}
+    assert after(lose_a_figure) == {"report"}
     assert after(repeat_a_step) == {"metrics"}
     assert after(skip_a_step) == {"metrics"}
     assert after(flip) == {"checkpoint-manifest"}
-    assert after(worse_than_unigram) <= {"evaluation-live"}
+    assert after(worse_than_unigram) == {"evaluation-live"}
     assert after(lambda copy: (copy / "reports" / "report.html").unlink()) == {"report"}
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_full_disk_leaves_no_part_of_an_archive(run, tmp_path, monkeypatch, left):
+    copied = []
+
+    def copyfile(source, target, real=shutil.copyfile):
+        copied.append(source)
+        if len(copied) > left:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    with pytest.raises(OSError, match="No space left on device: could not write the archive.*outbox"):
+        archive(run, tmp_path / "outbox", DAY)
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a run directory"):
+        archive(tmp_path, tmp_path / "outbox", DAY)
+    assert not (tmp_path / "outbox").exists()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,7 +133,9 @@ def export_hub(
         shard_bytes: largest size of one file.
 
     Raises:
-        ValueError: no family, or not the one asked for, can express the model: each key that stands in the way is named.
+        ValueError: no family, or not the one asked for, can express the model: each key that stands in the way is named; or ``path``
+            holds something.
+        OSError: it could not be written; nothing is left.
     """
     path, config = Path(path), model.config
     chosen, values = _express(config, family)
@@ -147,9 +150,18 @@ def export_hub(
         "max_position_embeddings": stretched if max_positions is None else max_positions,
         "dtype": str(held["embedding.weight"].dtype).removeprefix("torch."),
     }
-    path.mkdir(parents=True, exist_ok=True)
-    _write_weights(path, list(pieces(config, chosen)), held, shard_bytes)
-    (path / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: is there already and not empty; give a new directory")
+    draft = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        _write_weights(draft, list(pieces(config, chosen)), held, shard_bytes)
+        (draft / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        draft.rename(path)  # takes the place of an empty directory too
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _express(config: ModelConfig, name: str | None) -> tuple[Family, dict[str, Any]]:
