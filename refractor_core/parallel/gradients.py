@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from refractor_core.parallel.collectives import sum_over
 from refractor_core.parallel.mesh import Axis, Mesh
 
 _BUCKET_BYTES = 32 << 20
@@ -131,10 +132,7 @@ def gradient_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """
     copies = mesh.axis("dense").size
     squares = [p.main_grad.double().square().sum() * (p.spec.pieces / copies) for p in model.parameters() if p.requires_grad]
-    total = torch.stack(squares).sum()
-    if mesh.axis("world").size > 1:
-        dist.all_reduce(total, group=mesh.axis("world").group)
-    return total.sqrt()
+    return sum_over(torch.stack(squares).sum(), mesh.axis("world")).sqrt()
 
 
 def main_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,11 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from refractor_core.cli.main import main
 from refractor_core.config import ConfigError, load_run
+from refractor_core.data import BatchPlan, Dataset
+from refractor_core.parallel.mesh import Mesh
 from refractor_core.verify.layouts import parse_layout, verify_layouts
 from refractor_core.verify.shrink import shrunk
+from refractor_core.verify.trial import Trial, run_trial
+from tests.train import tiny
 from tests.verify import layout_faults as faults
 
 CASES = [
@@ -87,6 +93,28 @@ def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, ca
         r"data_shard=3: batch\.global_batch_size = 8: must be a multiple",
     ):
         assert re.search(line, told), line
+
+
+def test_experts_of_a_model_that_has_none_are_refused(layouts_config):
+    with pytest.raises(ConfigError, match=r"expert = 2: does not divide a model without experts; the nearest degree that does is 1"):
+        verify_layouts(layouts_config(model__moe=None), ["expert=2"])
+
+
+def test_the_first_batch_of_the_dataset_is_run_where_there_is_one(tmp_path):
+    folder = tiny.prepare(tmp_path)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny.document(folder)))
+    expected = BatchPlan(Dataset.open(folder / "data"), load_run(path)).batch(0)
+    seen = []
+    log = seen.append
+    (result,) = verify_layouts(str(path), ["tensor=2,sequence=true"], log=log)
+    assert result.passed and result.worst_gradient_error < 1e-9
+    synthetic = verify_layouts(str(path), ["tensor=2"], [f"data.dir={tmp_path}/none"], log=log)
+    assert synthetic[0].passed
+    losses = [float(line.split()[3].rstrip(",")) for line in seen if line.startswith("one process")]
+    assert losses[0] != losses[1]
+    trial = Trial(load_run(path), expected, torch.float64)
+    assert losses[0] == pytest.approx(run_trial(trial, Mesh.single()).loss, rel=1e-9)
 
 
 def test_training_still_refuses_what_verify_runs(layouts_config):
