@@ -11,6 +11,7 @@ from refractor_core.model.decoder import Decoder
 from refractor_core.model.dispatch import Dispatch
 from refractor_core.model.moe import routers
 from refractor_core.objectives.language_model import language_model_loss
+from refractor_core.parallel import collectives
 from refractor_core.parallel.collectives import Exchange
 from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
 from refractor_core.parallel.layout import Layout
@@ -79,28 +80,58 @@ def test_logits_of_all_tokens_have_the_gradients_of_one_process(ranks, sequence)
         torch.testing.assert_close(gradient, alone.head.weight.grad[slice(*rows)], rtol=1e-10, atol=1e-12)
 
 
-def _counted(rank, config, sequence):
-    model, axis = _model(config, Layout(2, tensor=2, sequence=sequence), rank)
-    with CommDebugMode() as forward:
+class Sizes:
+    """Elements that collectives move, each counted as its larger buffer, while the context lasts."""
+
+    def __enter__(self):
+        self.moved, self._whole = 0, {}
+        for owner, name in ((collectives.dist, "all_reduce"), (collectives, "_all_gather_single"), (collectives, "_reduce_scatter_single")):
+            whole = self._whole[owner, name] = getattr(owner, name)
+            setattr(owner, name, lambda *args, whole=whole, **named: (self._note(args), whole(*args, **named))[1])
+        return self
+
+    def _note(self, args):
+        self.moved += max(t.numel() for t in args if torch.is_tensor(t))
+
+    def __exit__(self, *_):
+        for (owner, name), whole in self._whole.items():
+            setattr(owner, name, whole)
+
+
+def _counted(rank, config, layout):
+    model, axis = _model(config, layout, rank)
+    with CommDebugMode() as forward, Sizes() as forward_sizes:
         loss = _loss(model, axis)
-    with CommDebugMode() as backward:
+    with CommDebugMode() as backward, Sizes() as backward_sizes:
         loss.backward()
-    return [{str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
+    counts = [{str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
+    return counts, (forward_sizes.moved, backward_sizes.moved)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_dense_layers_communicate_as_often_as_the_formula_says(ranks, sequence):
-    """Two per layer and direction (Megatron's f and g), one for the embedding, one for the head, two for the loss; sequence parallelism
-    makes an all-gather and a reduce-scatter of each all-reduce of a layer."""
-    layers = DENSE.num_layers
-    for forward, backward in ranks(2, _counted, DENSE, sequence):
+def test_dense_layers_communicate_what_the_formula_says(ranks, sequence):
+    """Two per layer and direction (Megatron's f and g), one for the embedding, one for the head, each of B·S·D; two for the loss, of T and
+    2 T. Sequence parallelism makes an all-gather and a reduce-scatter of each all-reduce of a layer."""
+    layers, tokens = DENSE.num_layers, TOKENS.numel()
+    stream = tokens * DENSE.hidden_size
+    for (forward, backward), (moved, moved_back) in ranks(2, _counted, DENSE, Layout(2, tensor=2, sequence=sequence)):
         if sequence:
             gathers, scatters = 2 * layers + 1, 2 * layers + 1  # with the head's entry, and the embedding's exit
             assert forward == {"_allgather_base_": gathers, "_reduce_scatter_base_": scatters, "allreduce_": 2}
             assert backward == {"_allgather_base_": scatters, "_reduce_scatter_base_": gathers}
+            assert (moved, moved_back) == ((gathers + scatters) * stream + 3 * tokens, (gathers + scatters) * stream)
         else:
             assert forward == {"allreduce_": 2 * layers + 1 + 2}
             assert backward == {"allreduce_": 2 * layers + 1}
+            assert (moved, moved_back) == ((2 * layers + 1) * stream + 3 * tokens, (2 * layers + 1) * stream)
+
+
+def test_layers_with_experts_exchange_counts_rows_and_weights(ranks):
+    """Forward the numbers of rows, the rows, their weights, and the rows' way back; backward all but the numbers."""
+    sparse = len(CONFIG.moe_layers())
+    for (forward, backward), moved in ranks(2, _counted, CONFIG, Layout(2, data_shard=2, expert=2)):
+        assert forward == {"alltoall_base_": 4 * sparse} and backward == {"alltoall_base_": 3 * sparse}
+        assert moved == (0, 0)
 
 
 def _order(rank):
