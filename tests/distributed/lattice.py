@@ -7,7 +7,10 @@ ROUTING = {"scoring": "sigmoid", "num_groups": 2, "top_groups": 1, "routed_scale
 
 MODELS = {
     "gqa-dropless": {},
-    "gqa-capacity-tied": {"model__moe__capacity_factor": 0.75, "model__tie_embeddings": True, "model__attention__qk_norm": "full"},
+    "gqa-capacity-tied": {
+        "model__moe__capacity_factor": 0.75, "model__tie_embeddings": True, "model__attention__qk_norm": "full",
+        "batch__activation_checkpointing": "selective",
+    },
     "one-kv-head": {"model__num_kv_heads": 1, "model__attention__qk_norm": "full", "model__attention__qkv_clip": 0.5},
     "mla-capacity": {
         "model__attention": {"kind": "mla", "latent": LATENT}, "model__moe__capacity_factor": 0.75, "batch__micro_batch_size": 2,
