@@ -86,8 +86,7 @@ class GroupedQueryAttention(_Attention):
             self.k_norm = norm(groups * width, partial=True) if self.shares_head else norm(groups * width, across=axis)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        x_BSD = self.split.enter(x)
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        q, k, v = self.split.project(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         if self.shares_head:
             k, v = gather(torch.stack([k, v]), self.split.axis, -1).unbind(0)
         if self.qk_norm == "full":
@@ -147,12 +146,15 @@ class LatentAttention(_Attention):
         self.o_proj = Linear(heads * latent.v_head_dim, config.hidden_size, std=residual_std, columns=axis, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        latent, enter = self.latent, self.split.enter
-        q = self.q_proj(enter(x)) if latent.q_lora_rank is None else self.q_b_proj(enter(self.q_a_norm(self.q_a_proj(x))))
+        latent, project = self.latent, self.split.project
+        if latent.q_lora_rank is None:
+            (q,) = project(x, self.q_proj.weight)
+        else:
+            (q,) = project(self.q_a_norm(self.q_a_proj(x)), self.q_b_proj.weight)
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         kv, k_rope = self.kv_a_proj(x).split([latent.kv_lora_rank, latent.qk_rope_head_dim], dim=-1)
-        kv = self.kv_b_proj(enter(self.kv_a_norm(kv.contiguous()))).unflatten(-1, (self.heads, -1))
-        k_nope, v = kv.split([latent.qk_nope_head_dim, latent.v_head_dim], dim=-1)
-        k_rope = self.rotate(enter(k_rope).unsqueeze(2), cos, sin).expand(-1, -1, self.heads, -1)
+        (kv,) = project(self.kv_a_norm(kv.contiguous()), self.kv_b_proj.weight)
+        k_nope, v = kv.unflatten(-1, (self.heads, -1)).split([latent.qk_nope_head_dim, latent.v_head_dim], dim=-1)
+        k_rope = self.rotate(self.split.enter(k_rope).unsqueeze(2), cos, sin).expand(-1, -1, self.heads, -1)
         q = torch.cat([q_nope, self.rotate(q_rope, cos, sin)], dim=-1)
         return self.split.leave(self.o_proj(self.attend(q, torch.cat([k_nope, k_rope], dim=-1), v, cu_seqlens)))

@@ -130,5 +130,5 @@ class SwiGLU(nn.Module):
         self.kernels, self.split = kernels, split
 
     def forward(self, x: Tensor) -> Tensor:
-        inside = F.linear(self.split.enter(x), self.gate_up_FD)
+        (inside,) = self.split.project(x, self.gate_up_FD)
         return self.split.leave(F.linear(swiglu(inside, backend=self.kernels), self.down_DF))

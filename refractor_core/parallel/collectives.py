@@ -99,6 +99,32 @@ def sum_before(x: Tensor, axis: Axis) -> Tensor:
     return _all_gathered(x.detach().unsqueeze(0), axis, 0)[: axis.rank].sum(0, dtype=x.dtype)
 
 
+def start_sum(x: Tensor, axis: Axis, dim: int | None) -> Callable[[], Tensor]:
+    """Launches a sum over an axis of more than one rank, without gradient; calling what it returns waits for the result.
+
+    Args:
+        dim: the result is this rank's slice of the sum along this dimension; None: the whole sum.
+    """
+    if dim is None:
+        out = x.to(_wide(x), copy=True, memory_format=torch.contiguous_format)
+        work = dist.all_reduce(out, group=axis.group, async_op=True)
+    else:
+        pieces = torch.stack(_slices(x, axis, dim)).to(_wide(x))
+        out = torch.empty_like(pieces[0])
+        work = _reduce_scatter_single(out.view(-1), pieces.view(-1), group=axis.group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return out.to(x.dtype)
+
+    return finish
+
+
+def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """All slices along a dimension, without gradient."""
+    return x if axis.size == 1 else _all_gathered(x.detach(), axis, dim)
+
+
 class Exchange:
     """An all-to-all of rows in two halves, so that other work goes on between them; backward likewise, in the opposite order.
 
@@ -248,9 +274,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _all_reduced(x: Tensor, axis: Axis) -> Tensor:
-    out = x.to(_wide(x), copy=True, memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=axis.group)
-    return out.to(x.dtype)
+    return start_sum(x, axis, None)()
 
 
 def _all_gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -260,10 +284,7 @@ def _all_gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _reduce_scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    pieces = torch.stack(_slices(x, axis, dim)).to(_wide(x))
-    out = torch.empty_like(pieces[0])
-    _reduce_scatter_single(out.view(-1), pieces.view(-1), group=axis.group)
-    return out.to(x.dtype)
+    return start_sum(x, axis, dim)()
 
 
 def _own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:

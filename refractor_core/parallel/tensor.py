@@ -9,10 +9,14 @@ Legend: B batch, S sequence (s: this rank's slice of it), D model.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from refractor_core.parallel.collectives import copy_to, gather, join, reduce_from, reduce_scatter, scatter
+from refractor_core.parallel.collectives import copy_to, gather, gathered, join, reduce_from, reduce_scatter, scatter, start_sum
 from refractor_core.parallel.mesh import Axis, Mesh
 
 
@@ -42,6 +46,12 @@ class TensorSplit:
         """From the residual stream to [B, S, D], which the ranks use differently; backward sums over their uses."""
         return gather(x, self.axis, 1) if self.sequence else copy_to(x, self.axis)
 
+    def project(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """``enter``, then x Wᵀ for each weight. Backward, the sum of the gradient of x is under way while those of the weights are made."""
+        if self.axis.size == 1:
+            return tuple(F.linear(x, weight) for weight in weights)
+        return _Projections.apply(self, x, *weights)
+
     def leave(self, x_BSD: Tensor) -> Tensor:
         """From terms of a sum to the residual stream."""
         return reduce_scatter(x_BSD, self.axis, 1) if self.sequence else reduce_from(x_BSD, self.axis)
@@ -53,6 +63,28 @@ class TensorSplit:
     def all_tokens(self, x_BsD: Tensor) -> Tensor:
         """Back from each rank's tokens to the residual stream."""
         return x_BsD if self.sequence else join(x_BsD, self.axis, 1)
+
+
+class _Projections(Function):
+    @staticmethod
+    def forward(ctx: Any, split: TensorSplit, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        x_BSD = gathered(x, split.axis, 1) if split.sequence else x
+        ctx.split = split
+        ctx.save_for_backward(x_BSD, *weights)
+        return tuple(F.linear(x_BSD, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        x_BSD, *weights = ctx.saved_tensors
+        grad_x = sum(grad @ weight for grad, weight in zip(gradients, weights, strict=True))
+        finish = start_sum(grad_x, ctx.split.axis, 1 if ctx.split.sequence else None)
+        of_weights = [_weight_gradient(grad, x_BSD) for grad in gradients]
+        return None, finish(), *of_weights
+
+
+def _weight_gradient(grad_BSO: Tensor, x_BSD: Tensor) -> Tensor:
+    return grad_BSO.flatten(0, -2).T @ x_BSD.flatten(0, -2)
 
 
 WHOLE = TensorSplit(Axis("tensor"))

@@ -11,7 +11,7 @@ from refractor_core.model.decoder import Decoder
 from refractor_core.model.dispatch import Dispatch
 from refractor_core.model.moe import routers
 from refractor_core.objectives.language_model import language_model_loss
-from refractor_core.parallel import collectives
+from refractor_core.parallel import collectives, tensor
 from refractor_core.parallel.collectives import Exchange
 from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
 from refractor_core.parallel.layout import Layout
@@ -165,6 +165,28 @@ def test_shared_experts_are_computed_while_routed_tokens_are_under_way(ranks):
         middle = backward.index("shared gradient")
         assert backward[:middle] == ["launch gradient", "wait gradient", "launch gradient", "launch gradient"]
         assert backward[middle + 1 :] == ["wait gradient", "wait gradient"]
+
+
+def _projection_order(rank, sequence):
+    told, weight_gradient, start = [], tensor._weight_gradient, tensor.start_sum
+    tensor._weight_gradient = lambda *args: (told.append("weight gradient"), weight_gradient(*args))[1]
+
+    def started(*args):
+        finish = start(*args)
+        told.append("launch")
+        return lambda: (told.append("wait"), finish())[1]
+
+    tensor.start_sum = started
+    model, axis = _model(DENSE, Layout(2, tensor=2, sequence=sequence), rank)
+    _loss(model, axis).backward()
+    return told
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_weights_gradients_are_made_while_their_inputs_is_summed(ranks, sequence):
+    feed_forward, attention = ["launch", "weight gradient", "wait"], ["launch", *["weight gradient"] * 3, "wait"]
+    for told in ranks(2, _projection_order, sequence):
+        assert told == (feed_forward + attention) * DENSE.num_layers
 
 
 def _routed(kind):
