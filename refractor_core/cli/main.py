@@ -22,6 +22,7 @@ COMMANDS = {
     "checkpoint": ("refractor_core.cli.checkpoint", "list, verify, export or import checkpoints"),
     "eval": ("refractor_core.cli.evaluate", "evaluate checkpoints, compare them, write reports"),
     "plan": ("refractor_core.cli.plan", "time, memory and drawing of a pipeline schedule"),
+    "verify": ("refractor_core.cli.verify", "compare parallel layouts with one process"),
     "archive": ("refractor_core.cli.archive", "collect a run's evidence and exit criteria in the outbox"),
     "pause": ("refractor_core.cli.control", "ask a running job to save and stop"),
     "save": ("refractor_core.cli.control", "ask a running job to save and go on"),

@@ -48,13 +48,20 @@ def load_document(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Doc
     return Document(root)
 
 
-def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
+def load_run(
+    path: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    between_keys: Sequence[rules.Rule] | None = None,
+) -> RunConfig:
     """Reads a run's YAML file into its frozen, validated configuration.
 
     Args:
         path: the file.
         overrides: ``key.path=value`` strings, applied in order; values are YAML 1.2.
         world_size: number of ranks, if known; batch arithmetic is then checked for it.
+        between_keys: the rules across sections that the caller's work needs to hold; None: those of training.
 
     Raises:
         ConfigError: with every mistake in every file and override, each with file and line, key, value and what was expected.
@@ -63,7 +70,7 @@ def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), *, world_si
     root = compose(path, overrides, problems)
     if root is None:
         raise ConfigError(problems)
-    config, found = validate(root, world_size, missing_keys=not problems)
+    config, found = validate(root, world_size, missing_keys=not problems, between_keys=between_keys)
     reported = {problem.key for problem in problems}
     problems += [problem for problem in found if problem.key not in reported]
     if problems or config is None:
@@ -71,13 +78,16 @@ def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), *, world_si
     return config
 
 
-def validate(root: Node, world_size: int | None = None, missing_keys: bool = True) -> tuple[RunConfig | None, list[Problem]]:
+def validate(
+    root: Node, world_size: int | None = None, missing_keys: bool = True, between_keys: Sequence[rules.Rule] | None = None
+) -> tuple[RunConfig | None, list[Problem]]:
     """Checks a tree against the schema and the rules.
 
     Args:
         root: the document.
         world_size: number of ranks, if known.
         missing_keys: report required keys that are absent; off when a file that may hold them could not be read.
+        between_keys: see ``load_run``.
 
     Returns:
         (the configuration, or None if the schema refuses it; every mistake found).
@@ -88,8 +98,8 @@ def validate(root: Node, world_size: int | None = None, missing_keys: bool = Tru
     except ValidationError as error:
         damaged, problems = _translate(error, root, missing_keys)
         partial = _salvage(RunConfig, raw, damaged)
-        return None, problems + [_locate(problem, root) for problem in rules.check(partial, world_size, partial=True)]
-    return config, [_locate(problem, root) for problem in rules.check(config, world_size)]
+        return None, problems + [_locate(problem, root) for problem in rules.check(partial, world_size, True, between_keys)]
+    return config, [_locate(problem, root) for problem in rules.check(config, world_size, rules=between_keys)]
 
 
 def dump(config: RunConfig) -> str:

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers of attention and feed-forward, last norm, output head.
 
-Legend: B batch, S sequence, D model, V vocabulary, L layers with experts, E experts.
+Legend: B batch, S sequence, D model, V vocabulary, L layers with experts, E experts. The residual stream is [B, S, D], the same on all
+tensor ranks, or split over them along S under sequence parallelism.
 """
 
 from functools import partial
@@ -16,7 +17,9 @@ from refractor_core.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from refractor_core.model.moe import MixtureOfExperts, routers
 from refractor_core.model.output import Output, RouterStatistics
 from refractor_core.model.rope import angles, positions
+from refractor_core.parallel.collectives import join
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.tensor import TensorSplit
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -24,30 +27,34 @@ Recompute = Literal["none", "selective", "full"]
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    Shape: x_BSD → ([B, S, D], the router's statistics or None in a dense layer).
+    Shape: residual stream → (residual stream, the router's statistics or None in a dense layer).
     """
 
-    def __init__(self, config: ModelConfig, index: int, *, recompute: bool, kernels: str, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, config: ModelConfig, index: int, mesh: Mesh, *, recompute: bool, kernels: str, dtype: torch.dtype, device: torch.device | str
+    ):
         super().__init__()
+        split = TensorSplit.of(mesh)
         common = {"kernels": kernels, "dtype": dtype, "device": device}
         # Each of the 2 · num_layers additions grows the residual stream's variance (GPT-2, section 2.3).
         residual_std = config.init_std / (2 * config.num_layers) ** 0.5
-        norm = partial(RMSNorm, config.hidden_size, config.norm_epsilon, **common)
+        norm = partial(RMSNorm, config.hidden_size, config.norm_epsilon, partial=split.partial, **common)
         kind = LatentAttention if config.attention.kind == "mla" else GroupedQueryAttention
         self.attention_norm = norm()
-        self.attention = kind(config, residual_std=residual_std, recompute=recompute, **common)
+        self.attention = kind(config, residual_std=residual_std, recompute=recompute, split=split, **common)
         self.feed_forward_norm = norm()
         if index in config.moe_layers():
-            self.feed_forward = MixtureOfExperts(config, index, residual_std=residual_std, recompute=recompute, **common)
+            self.feed_forward = MixtureOfExperts(config, index, mesh, residual_std=residual_std, recompute=recompute, **common)
         else:
-            self.feed_forward = SwiGLU(config.hidden_size, config.dense_width, std=config.init_std, residual_std=residual_std, **common)
+            stds = {"std": config.init_std, "residual_std": residual_std}
+            self.feed_forward = SwiGLU(config.hidden_size, config.dense_width, split=split, **stds, **common)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, RouterStatistics | None]:
-        attended = self.attention(self.attention_norm(x_BSD), cos, sin, cu_seqlens)
-        normed, x_BSD = self.feed_forward_norm.add(attended, x_BSD)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, RouterStatistics | None]:
+        attended = self.attention(self.attention_norm(x), cos, sin, cu_seqlens)
+        normed, x = self.feed_forward_norm.add(attended, x)
         out = self.feed_forward(normed)
         out, statistics = out if isinstance(out, tuple) else (out, None)
-        return x_BSD + out, statistics
+        return x + out, statistics
 
 
 class Decoder(nn.Module):
@@ -61,7 +68,7 @@ class Decoder(nn.Module):
         dtype: of parameters and activations; what is delicate is computed in at least float32.
 
     Raises:
-        ValueError: sizes that do not fit together; a layout that splits the model.
+        ValueError: sizes that do not fit together, or not the layout; a layout with context or pipeline above 1.
     """
 
     def __init__(
@@ -75,20 +82,21 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
     ):
         super().__init__()
-        _refuse_split(mesh)
+        mesh = mesh or Mesh.single()
+        _refuse_axes(mesh)
         if config.rotary_width % 2:
             raise ValueError(f"rotary positions turn pairs: the rotary width of a head, {config.rotary_width}, must be even")
         if activation_checkpointing not in ("none", "selective", "full"):
             raise ValueError(f"activation_checkpointing={activation_checkpointing!r} is not none, selective or full")
         common = {"dtype": dtype, "device": device}
         self.config, self.recompute_layers = config, activation_checkpointing == "full"
-        selective = activation_checkpointing == "selective"
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, std=config.init_std, **common)
+        selective, self.split = activation_checkpointing == "selective", TensorSplit.of(mesh)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, std=config.init_std, split=self.split, **common)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, recompute=selective, kernels=kernels, **common) for i in range(config.num_layers)
+            DecoderLayer(config, i, mesh, recompute=selective, kernels=kernels, **common) for i in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, kernels=kernels, **common)
-        self.head = Linear(config.hidden_size, config.vocab_size, std=config.init_std, **common)
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, kernels=kernels, partial=self.split.partial, **common)
+        self.head = Linear(config.hidden_size, config.vocab_size, std=config.init_std, rows=self.split.axis, **common)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -104,18 +112,21 @@ class Decoder(nn.Module):
         """
         if tokens_BS.dim() != 2:
             raise ValueError(f"tokens_BS has shape {tuple(tokens_BS.shape)}, expected [B, S]")
-        x_BSD = self.embedding(tokens_BS)
+        x = self.embedding(tokens_BS)
         places = positions(cu_seqlens, *tokens_BS.shape, tokens_BS.device)
-        cos, sin = angles(self.config.rope, self.config.rotary_width, places, x_BSD.dtype)
+        cos, sin = angles(self.config.rope, self.config.rotary_width, places, x.dtype)
         statistics = []
         for layer in self.layers:
             if self.recompute_layers and torch.is_grad_enabled():
-                x_BSD, found = checkpoint(layer, x_BSD, cos, sin, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+                x, found = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BSD, found = layer(x_BSD, cos, sin, cu_seqlens)
+                x, found = layer(x, cos, sin, cu_seqlens)
             if found is not None:
                 statistics.append(found)
-        return Output(self.norm(x_BSD), tuple(statistics), self.head)
+        return Output(self.split.enter(self.norm(x)), tuple(statistics), self._logits)
+
+    def _logits(self, hidden_BSD: Tensor) -> Tensor:
+        return join(self.head(hidden_BSD), self.split.axis, -1)
 
     def previous_counts(self) -> Tensor:
         """counts_LE int64: choices of the previous global batch, a row per layer with experts; zeros before the first step."""
@@ -135,10 +146,7 @@ class Decoder(nn.Module):
             router.previous_count_E.copy_(count_E)
 
 
-def _refuse_split(mesh: Mesh | None) -> None:
-    split = [f"{name}={mesh.axis(name).size}" for name in _MODEL_AXES if mesh.axis(name).size > 1] if mesh is not None else []
+def _refuse_axes(mesh: Mesh) -> None:
+    split = [f"{name}={mesh.axis(name).size}" for name in ("context", "pipeline") if mesh.axis(name).size > 1]
     if split:
-        raise ValueError(f"this decoder is whole on every rank, but the layout splits it: {', '.join(split)}; set these degrees to 1")
-
-
-_MODEL_AXES = ("tensor", "context", "pipeline", "expert", "expert_tensor")
+        raise ValueError(f"this decoder holds every layer and sees whole sequences, but the layout splits them: {', '.join(split)}")

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer, and the balancing of its router by bias.
 
-Legend: B batch, S sequence, T = B·S, D model, F expert width, E experts, K experts per token, L layers with experts.
+Legend: B batch, S sequence (s: this rank's slice of it), T = B·s, M arrived rows, D model, F expert width, E experts, K experts per token,
+L layers with experts.
 """
 
 from functools import partial
@@ -10,22 +11,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from refractor_core.config.model import ModelConfig
+from refractor_core.model.dispatch import Dispatch
 from refractor_core.model.layers import SwiGLU
 from refractor_core.model.output import RouterStatistics
 from refractor_core.model.router import Router
+from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.sharding import parameter
+from refractor_core.parallel.tensor import TensorSplit
 from refractor_kernels import experts
 
 
 class Experts(nn.Module):
-    """E SwiGLUs in two tensors, gate rows before up rows.
-
-    Shape: x_TD, indices_TK, weights_TK → [T, D].
-    """
+    """E SwiGLUs in two tensors, gate rows before up rows. The ``expert`` ranks share the experts, the ``expert_tensor`` ranks each
+    expert's width."""
 
     def __init__(
         self,
         config: ModelConfig,
+        mesh: Mesh,
         *,
         residual_std: float,
         recompute: bool,
@@ -35,28 +38,40 @@ class Experts(nn.Module):
     ):
         super().__init__()
         count, width, hidden = config.moe.num_experts, config.hidden_size, config.moe.expert_hidden_size
+        self.count, self.axes = count, (mesh.axis("expert"), mesh.axis("expert_tensor"))
+        which, inside = ((axis,) for axis in self.axes)
         make = partial(parameter, expert=True, dtype=dtype, device=device)
-        self.gate_up_EFD = make((count, 2 * hidden, width), std=config.init_std, blocks={1: (hidden, hidden)})
-        self.down_EDF = make((count, width, hidden), std=residual_std)
+        shape, blocks = (count, 2 * hidden, width), {1: (hidden, hidden)}
+        self.gate_up_EFD = make(shape, std=config.init_std, splits={0: which, 1: inside}, blocks=blocks)
+        self.down_EDF = make((count, width, hidden), std=residual_std, splits={0: which, 2: inside})
         self.op, self.recompute = partial(experts, backend=kernels), recompute
 
-    def forward(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        arguments = (x_TD, self.gate_up_EFD, self.down_EDF, indices_TK, weights_TK)
+    def dispatch(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Dispatch:
+        """Sends tokens on their way to their experts; other work may be done before ``forward``."""
+        return Dispatch(x_TD, indices_TK, weights_TK, self.count, *self.axes)
+
+    def forward(self, tokens: Dispatch) -> Tensor:
+        """[T, D]: the weighted sum of each token's experts."""
+        x_MD, indices_MK, weights_MK = tokens.arrive()
+        arguments = (x_MD, self.gate_up_EFD, self.down_EDF, indices_MK, weights_MK)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.op, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self.op(*arguments)
+            return tokens.back(checkpoint(self.op, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return tokens.back(self.op(*arguments))
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus, if any, shared experts that every token visits.
+    """Routed experts plus, if any, shared experts that every token visits, computed while routed tokens are under way.
 
-    Shape: x_BSD → ([B, S, D], the router's statistics).
+    Tensor ranks first divide the tokens among them, so that none is routed twice.
+
+    Shape: residual stream → (residual stream, the router's statistics).
     """
 
     def __init__(
         self,
         config: ModelConfig,
         layer: int,
+        mesh: Mesh,
         *,
         residual_std: float,
         recompute: bool,
@@ -66,15 +81,19 @@ class MixtureOfExperts(nn.Module):
     ):
         super().__init__()
         common = {"kernels": kernels, "dtype": dtype, "device": device}
-        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, **common)
-        self.experts = Experts(config, residual_std=residual_std, recompute=recompute, **common)
-        shared = config.moe.num_shared_experts * config.moe.expert_hidden_size
-        self.shared = SwiGLU(config.hidden_size, shared, std=config.init_std, residual_std=residual_std, **common) if shared else None
+        self.split = split = TensorSplit.of(mesh)
+        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, axis=split.axis, **common)
+        self.experts = Experts(config, mesh, residual_std=residual_std, recompute=recompute, **common)
+        shared, stds = config.moe.num_shared_experts * config.moe.expert_hidden_size, {"std": config.init_std, "residual_std": residual_std}
+        self.shared = SwiGLU(config.hidden_size, shared, split=split, **stds, **common) if shared else None
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RouterStatistics]:
-        weights_TK, indices_TK, statistics = self.router(x_BSD)
-        y_BSD = self.experts(x_BSD.flatten(0, 1), indices_TK, weights_TK).view_as(x_BSD)
-        return (y_BSD if self.shared is None else y_BSD + self.shared(x_BSD)), statistics
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
+        x_BsD = self.split.own_tokens(x)
+        weights_TK, indices_TK, statistics = self.router(x_BsD)
+        tokens = self.experts.dispatch(x_BsD.flatten(0, 1), indices_TK, weights_TK)
+        shared = None if self.shared is None else self.shared(x)
+        y = self.split.all_tokens(self.experts(tokens).view_as(x_BsD))
+        return (y if shared is None else y + shared), statistics
 
 
 def routers(model: nn.Module) -> list[Router]:

@@ -47,7 +47,7 @@ class Output:
     """The decoder's result for one micro batch.
 
     Args:
-        hidden_BSD: after the last norm.
+        hidden_BSD: after the last norm, whole sequences. Tensor ranks use it with their own rows of the head: its gradient is their sum.
         routers: one entry per MoE layer, in order.
     """
 

@@ -1,6 +1,7 @@
 """The router of a mixture-of-experts layer: its choice, its capacity, and its statistics.
 
-Legend: B sequences, S tokens, T = B·S, D model, E experts, K experts per token.
+Where tokens are split over ranks along S, each rank chooses for its own, and statistics are those of all.
+Legend: B sequences, S tokens (of this rank), T = B·S, D model, E experts, K experts per token.
 """
 
 import math
@@ -13,8 +14,13 @@ from torch import Tensor, nn
 
 from refractor_core.config.model import MoeConfig
 from refractor_core.model.output import RouterStatistics
+from refractor_core.parallel.collectives import reduce_from, sum_before
+from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import parameter
 from refractor_kernels import route
+
+ALONE = Axis("tensor")
+"""One rank has all tokens."""
 
 
 class Router(nn.Module):
@@ -26,14 +32,24 @@ class Router(nn.Module):
 
     Args:
         layer: index of the decoder layer, for the statistics.
+        axis: ranks that each sequence's tokens are split over, in order.
     """
 
     def __init__(
-        self, width: int, config: MoeConfig, layer: int, *, std: float, kernels: str, dtype: torch.dtype, device: torch.device | str
+        self,
+        width: int,
+        config: MoeConfig,
+        layer: int,
+        *,
+        std: float,
+        kernels: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        axis: Axis = ALONE,
     ):
         super().__init__()
-        self.config, self.layer = config, layer
-        self.weight = parameter((config.num_experts, width), std=std, dtype=dtype, device=device)
+        self.config, self.layer, self.axis = config, layer, axis
+        self.weight = parameter((config.num_experts, width), std=std, partial=axis.size > 1, dtype=dtype, device=device)
         bias = None
         if config.bias_update_rate is not None:
             bias = torch.zeros(config.num_experts, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
@@ -63,7 +79,7 @@ class Router(nn.Module):
         Returns:
             weights_TK: at least float32; exactly 0 where a capacity drops the pair.
             indices_TK: int64.
-            statistics: of this micro batch, before any drop.
+            statistics: of this micro batch, before any drop, summed over the axis.
         """
         compute = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         logits_BSE = F.linear(x_BSD.to(compute), self.weight.to(compute))
@@ -71,7 +87,7 @@ class Router(nn.Module):
         chosen_BSE = torch.zeros_like(logits_BSE, dtype=torch.bool).flatten(0, 1).scatter_(1, indices_TK, True).view_as(logits_BSE)
         kept_TK = None
         if self.config.capacity_factor is not None:
-            kept_TK = within_capacity(chosen_BSE, indices_TK, self.config.capacity_factor, self.config.top_k)
+            kept_TK = within_capacity(chosen_BSE, indices_TK, self.config.capacity_factor, self.config.top_k, self.axis)
             weights_TK = weights_TK * kept_TK
         return weights_TK, indices_TK, self._statistics(logits_BSE, affinities_TE.view_as(logits_BSE), chosen_BSE, indices_TK, kept_TK)
 
@@ -91,19 +107,18 @@ class Router(nn.Module):
             none = logits_BSE.new_zeros(())
             dropped = none if kept_TK is None else (~kept_TK).sum().to(logits_BSE.dtype)
         hinge, bias, drop = self._regret(affinities_BSE.flatten(0, 1), indices_TK, kept_TK)
-        return RouterStatistics(
-            layer=self.layer,
-            count_BE=count_BE,
-            probability_BE=shares_BSE.sum(1),
-            z_loss=log_sum_BS.square().sum(),
-            regret_hinge=hinge,
-            regret_bias=bias,
-            regret_drop=drop,
-            entropy=entropy,
-            dropped=dropped,
-            tokens=logits_BSE.shape[0] * logits_BSE.shape[1],
-            top_k=config.top_k,
-        )
+        sums = {
+            "count_BE": count_BE,
+            "probability_BE": shares_BSE.sum(1),
+            "z_loss": log_sum_BS.square().sum(),
+            "regret_hinge": hinge,
+            "regret_bias": bias,
+            "regret_drop": drop,
+            "entropy": entropy,
+            "dropped": dropped,
+        }
+        tokens = logits_BSE.shape[0] * logits_BSE.shape[1] * self.axis.size
+        return RouterStatistics(layer=self.layer, tokens=tokens, top_k=config.top_k, **_summed(sums, self.axis))
 
     def _regret(self, affinities_TE: Tensor, indices_TK: Tensor, kept_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(hinge, bias, drop), see ``RouterStatistics``. What both sets share cancels, so sums over the sets serve as sums over their
@@ -123,13 +138,28 @@ class Router(nn.Module):
         return hinge, hinge.detach(), drop
 
 
+def _summed(sums: dict[str, Tensor], axis: Axis) -> dict[str, Tensor]:
+    """Each sum over all ranks of the axis, in one collective; what had no gradient has none."""
+    if axis.size == 1:
+        return sums
+    whole = reduce_from(torch.cat([value.flatten() for value in sums.values()]), axis).split([value.numel() for value in sums.values()])
+    return {
+        name: part.view_as(value) if value.requires_grad else part.detach().view_as(value)
+        for (name, value), part in zip(sums.items(), whole, strict=True)
+    }
+
+
 @torch.no_grad()
-def within_capacity(chosen_BSE: Tensor, indices_TK: Tensor, factor: float, top_k: int) -> Tensor:
+def within_capacity(chosen_BSE: Tensor, indices_TK: Tensor, factor: float, top_k: int, axis: Axis = ALONE) -> Tensor:
     """kept_TK bool: each expert takes the first ceil(factor · S · K / E) tokens of a sequence that chose it.
 
-    Positions decide, so what is kept depends neither on scores nor on what else is in the batch.
+    Positions decide, so what is kept depends neither on scores nor on what else is in the batch, nor on how the axis splits the sequence.
     """
-    _, length, experts = chosen_BSE.shape
+    experts = chosen_BSE.shape[2]
+    length = chosen_BSE.shape[1] * axis.size
     capacity = math.ceil(factor * length * top_k / experts - 1e-9)  # the margin forgives 1.1 · 10 = 11.000000000000002
-    kept_BSE = chosen_BSE.cumsum(1) <= capacity
+    place_BSE = chosen_BSE.cumsum(1)
+    if axis.size > 1:
+        place_BSE = place_BSE + sum_before(place_BSE[:, -1], axis).unsqueeze(1)
+    kept_BSE = place_BSE <= capacity
     return kept_BSE.view(-1, experts).gather(1, indices_TK)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.collectives import sum_over
+from refractor_core.parallel.mesh import Axis, Mesh
 
 _BUCKET_BYTES = 32 << 20
 
@@ -112,6 +113,26 @@ class GradientBuffers:
                 bucket.work.wait()
                 bucket.work = None
         return [bucket.buffer for bucket in self._buckets]
+
+
+def gradient_buffers(model: nn.Module, mesh: Mesh) -> list[GradientBuffers]:
+    """Main gradients of a model split over a mesh: one ``GradientBuffers`` for each axis that ``ShardSpec.reduced_over`` names."""
+    by_axis: dict[str, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        by_axis.setdefault(p.spec.reduced_over, []).append(p)
+    return [GradientBuffers(parameters, mesh.axis(name)) for name, parameters in by_axis.items()]
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module, mesh: Mesh) -> Tensor:
+    """√Σ g² over the whole model's main gradients, float64 scalar, the same on every rank; collective.
+
+    A piece that several ranks of the stage hold counts once: each adds its share of the squares. Experts' copies are counted like any
+    other, so the norm does not depend on the layout.
+    """
+    copies = mesh.axis("dense").size
+    squares = [p.main_grad.double().square().sum() * (p.spec.pieces / copies) for p in model.parameters() if p.requires_grad]
+    return sum_over(torch.stack(squares).sum(), mesh.axis("world")).sqrt()
 
 
 def main_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -41,7 +41,7 @@ class Mesh:
         layout: the degrees.
         rank: this rank in the world.
         axes: by name; besides the grids' own axes ``data`` (replicate × shard), ``data_context`` (data × context: the ranks that share a
-            dense parameter's gradient) and ``world``.
+            dense parameter's gradient), ``dense`` (data × context × tensor: all ranks of a pipeline stage) and ``world``.
     """
 
     layout: Layout
@@ -64,6 +64,7 @@ class Mesh:
         wanted = {name: (dense, (name,)) for name in dense} | {name: (expert, (name,)) for name in expert}
         wanted["data"] = (dense, ("data_replicate", "data_shard"))
         wanted["data_context"] = (dense, ("data_replicate", "data_shard", "context"))
+        wanted["dense"] = (dense, ("data_replicate", "data_shard", "context", "tensor"))
         wanted["world"] = (dense, tuple(dense))
         made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
         return cls(layout, rank, {name: _axis(name, grid, along, rank, made) for name, (grid, along) in wanted.items()})

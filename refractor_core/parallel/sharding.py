@@ -27,7 +27,8 @@ class ShardSpec:
         global_shape: shape of the whole tensor.
         splits: dimension → axes that split it, outermost first. Axes of size 1 may be named.
         blocks: dimension → sizes of the fused sub-blocks along it, each split by itself; they add up to the dimension.
-        expert: the tensor lives on the expert grid: its gradient is reduced over expert_data instead of data and context.
+        expert: the tensor lives on the expert grid.
+        partial: tensor ranks that hold the same piece use it on different tokens or heads, so that their gradients are terms of a sum.
 
     Raises:
         ValueError: a dimension or block does not divide over its axes, or blocks do not add up.
@@ -37,6 +38,18 @@ class ShardSpec:
     splits: Mapping[int, tuple[Axis, ...]]
     blocks: Mapping[int, tuple[int, ...]]
     expert: bool = False
+    partial: bool = False
+
+    @property
+    def reduced_over(self) -> str:
+        """Name of the mesh axis over which the tensor's gradient is summed: the one rule for every parameter.
+
+        Experts see the tokens of all ranks of their block, so the other blocks are missing: ``expert_data``. A dense tensor sees the tokens
+        of its own data and context rank: ``data_context``; if its tensor ranks' gradients are partial, these too: ``dense``.
+        """
+        if self.expert:
+            return "expert_data"
+        return "dense" if self.partial else "data_context"
 
     def __post_init__(self) -> None:
         for dim, sizes in self.blocks.items():
@@ -62,6 +75,11 @@ class ShardSpec:
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's piece."""
         return tuple(size // self._degree(dim) for dim, size in enumerate(self.global_shape))
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that the tensor is cut into."""
+        return math.prod(self._degree(dim) for dim in self.splits)
 
     @property
     def is_whole(self) -> bool:
@@ -106,6 +124,7 @@ def parameter(
     splits: Mapping[int, tuple[Axis, ...]] | None = None,
     blocks: Mapping[int, tuple[int, ...]] | None = None,
     expert: bool = False,
+    partial: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Parameter:
@@ -114,11 +133,11 @@ def parameter(
     Args:
         std: standard deviation of a normal initialisation, or
         fill: the constant to start from. Exactly one of the two.
-        splits, blocks, expert: see ``ShardSpec``.
+        splits, blocks, expert, partial: see ``ShardSpec``.
     """
     if (std is None) == (fill is None):
         raise ValueError("give exactly one of std and fill")
-    spec = ShardSpec(tuple(global_shape), dict(splits or {}), dict(blocks or {}), expert)
+    spec = ShardSpec(tuple(global_shape), dict(splits or {}), dict(blocks or {}), expert, partial)
     made = nn.Parameter(torch.empty(spec.local_shape, dtype=dtype, device=device))
     made.spec, made.init_std, made.init_fill = spec, std, fill
     return made

@@ -111,3 +111,10 @@ def test_parameter_wants_one_way_to_start():
     constant = Holder((3,), fill=1.0)
     initialise(constant, seed=0)
     assert constant.weight.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_one_rule_says_over_which_axis_a_gradient_is_summed():
+    cut = {0: (Axis("tensor", 2),), 1: (Axis("expert_tensor", 4),)}
+    assert ShardSpec((8, 8), cut, {}).pieces == 8
+    found = [ShardSpec((8, 8), {}, {}, expert, partial).reduced_over for expert, partial in ((False, False), (False, True), (True, False))]
+    assert found == ["data_context", "dense", "expert_data"]

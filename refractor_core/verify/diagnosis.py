@@ -1,0 +1,193 @@
+"""Compares a layout's gradients with one process's, and where they differ says which collective is likely at fault.
+
+A fault in a layout leaves a signature. Ranks whose gradients add up to the right one lack a sum; a factor that equals an axis's size is a
+sum too many or too few; ranks that hold the same piece and disagree lack a sum further up; and since gradients flow from the loss
+backwards, the fault lies at or just above the wrong parameter that is nearest to the loss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refractor_core.parallel.layout import Layout
+from refractor_core.parallel.mesh import partition
+from refractor_core.verify.trial import Outcome, Piece
+
+NORM = "(gradient norm)"
+"""Stands for a parameter's name where every gradient is right and their norm is not."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding may do.
+
+    Args:
+        gradient: ‖Δ‖ / max(‖g‖, ``floor`` · the largest parameter-gradient norm).
+        loss: relative.
+        floor: below this share of the largest norm a gradient is rounding noise of the others.
+    """
+
+    gradient: float
+    loss: float
+    floor: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "Tolerance":
+        """float64: the project's promise. Below: a thousand of the format's epsilons, since sums over ranks round in another order, and
+        what one layer rounds the next ones carry on; but never more than a quarter, for a sum too many or too few changes a gradient by
+        a half or more."""
+        if dtype == torch.float64:
+            return cls(1e-9, 1e-12, 1e-6)
+        epsilon = torch.finfo(dtype).eps
+        return cls(gradient=min(0.25, 1000 * epsilon), loss=4 * epsilon, floor=max(1e-6, epsilon))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A layout against one process.
+
+    Args:
+        loss_error: relative.
+        errors: by parameter, in the model's order, as ``Tolerance.gradient`` measures them; ``NORM``'s is relative.
+        culprit: what is likely at fault; empty where all is within the tolerance.
+    """
+
+    loss_error: float
+    errors: dict[str, float]
+    passed: bool
+    culprit: str
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The parameter with the largest error; the norm only where it alone is wrong."""
+        return max(self.errors.items(), key=lambda item: (_or_infinite(item[1]), item[0] != NORM))
+
+
+def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tolerance: Tolerance) -> Comparison:
+    """Judges one layout.
+
+    Args:
+        outcomes: by rank.
+    """
+    losses = {o.data_rank: [] for o in outcomes}
+    for outcome in outcomes:
+        losses[outcome.data_rank].append(outcome.loss)
+    totals = [sum(picked) for picked in zip(*losses.values(), strict=True)]
+    loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in totals)
+    largest = max(piece.gradient.double().norm().item() for piece in reference.pieces.values())
+    floor = tolerance.floor * largest
+    errors = {name: _error(piece.gradient, [o.pieces[name] for o in outcomes], floor) for name, piece in reference.pieces.items()}
+    errors[NORM] = max(_or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
+    wrong = [name for name, error in errors.items() if not error <= tolerance.gradient]
+    culprit = ""
+    if wrong or loss_error > tolerance.loss:
+        culprit = _culprit(reference, outcomes, layout, wrong, loss_error > tolerance.loss)
+    return Comparison(loss_error, errors, not culprit, culprit)
+
+
+def expected(whole: Tensor, piece: Piece) -> Tensor:
+    """What a rank's piece should hold."""
+    for dim, ranges in enumerate(piece.ranges):
+        whole = torch.cat([whole.narrow(dim, first, last - first) for first, last in ranges], dim)
+    return whole
+
+
+def _error(whole: Tensor, pieces: list[Piece], floor: float) -> float:
+    """Distinct pieces add up to the tensor; of the ranks that hold the same one, the worst counts."""
+    worst: dict[object, float] = {}
+    held = 0
+    for piece in pieces:
+        held += 0 if piece.ranges in worst else piece.gradient.numel()
+        delta = (piece.gradient.double() - expected(whole, piece).double()).square().sum().item()
+        worst[piece.ranges] = max(worst.get(piece.ranges, 0.0), _or_infinite(delta))
+    if held != whole.numel():
+        return math.inf
+    scale = max(whole.double().norm().item(), floor)
+    return math.sqrt(sum(worst.values())) / scale if scale else math.sqrt(sum(worst.values()))
+
+
+def _culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_is_wrong: bool) -> str:
+    if loss_is_wrong:
+        told = "the loss itself is wrong, so the fault is in the forward pass: a sum, a slice or a routing decision"
+    elif wrong == [NORM]:
+        return _norm_culprit(reference, outcomes, layout)
+    else:
+        told = "the loss is right, so the fault is in the backward pass alone"
+    wrong = [name for name in wrong if name != NORM]
+    if not wrong:
+        return told
+    name = wrong[-1]  # in the model's order, hence nearest to the loss
+    signature = _signature(reference.pieces[name].gradient, [o.pieces[name] for o in outcomes], layout)
+    right = len(reference.pieces) - len(wrong)
+    place = f"{len(wrong)} gradients are wrong and {right} right; the one nearest to the loss is {name}"
+    return f"{told}; {place}: {signature}"
+
+
+def _signature(whole: Tensor, pieces: list[Piece], layout: Layout) -> str:
+    """What the ranks' gradients of one parameter have in common."""
+    aims = [expected(whole, piece).double() for piece in pieces]
+    found = [piece.gradient.double() for piece in pieces]
+    for axis, groups in _axes(layout).items():
+        replicated = all(len({pieces[rank].ranges for rank in group}) == 1 for group in groups)
+        if replicated and all(_close(sum(found[rank] for rank in group), aims[group[0]]) for group in groups):
+            return f"the {axis} ranks hold terms of the right sum: the reduction over {axis} is missing"
+    factors = [(f.flatten() @ a.flatten()).item() / max((a.flatten() @ a.flatten()).item(), 1e-300) for f, a in zip(found, aims)]
+    factor = factors[0]
+    if all(math.isclose(other, factor, rel_tol=1e-3) for other in factors) and all(_close(f, factor * a) for f, a in zip(found, aims)):
+        sizes = ", ".join(f"{axis}={len(groups[0])}" for axis, groups in _axes(layout).items() if _power(factor, len(groups[0])))
+        which = f", a power of the size of {sizes}" if sizes else ""
+        if factor > 1:
+            return f"exactly {factor:g} times the right gradient{which}: one reduction too many"
+        return f"exactly {factor:g} times the right gradient{which}: a mean where a sum belongs, or a reduction too few"
+    for axis, groups in _axes(layout).items():
+        same = [(group[0], rank) for group in groups for rank in group[1:] if pieces[rank].ranges == pieces[group[0]].ranges]
+        if same and any(not _close(found[a], found[b]) for a, b in same):
+            return f"the {axis} ranks hold the same piece and disagree: a reduction over {axis} is missing, of it or of a gradient above it"
+    return "no simple pattern: a gradient that reaches it is incomplete, or belongs to other tokens or another slice"
+
+
+def _norm_culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout) -> str:
+    ratio = outcomes[0].norm / reference.norm
+    squares = {name: piece.gradient.double().square().sum().item() for name, piece in reference.pieces.items()}
+    experts = sum(square for name, square in squares.items() if ".experts." in name)
+    dense = sum(squares.values()) - experts
+    told = f"every gradient is right, but the gradient norm is {ratio:.6g} times one process's"
+    for share in {1, *(len(groups[0]) for groups in _axes(layout).values())}:
+        for kind, fixed, scaled in (("experts", dense, experts), ("dense parameters", experts, dense)):
+            for factor, what in ((0.0, "are left out"), (1 / share, f"count 1/{share}"), (float(share), f"count {share} times")):
+                if share * factor != 1 and math.isclose(math.sqrt((fixed + factor * scaled) / (dense + experts)), ratio, rel_tol=1e-6):
+                    return f"{told}: the {kind} {what}"
+    return f"{told}: pieces that several ranks hold, or that one alone holds, are miscounted"
+
+
+def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
+    """Groups of ranks along each axis larger than one, the single axes before those that combine them."""
+    dense, expert = layout.dense_grid, layout.expert_grid
+    data = ("data_replicate", "data_shard")
+    along = {
+        "tensor": (dense, ("tensor",)),
+        "expert": (expert, ("expert",)),
+        "expert_tensor": (expert, ("expert_tensor",)),
+        "data": (dense, data),
+        "expert_data": (expert, ("expert_data",)),
+        "data × tensor": (dense, (*data, "tensor")),
+    }
+    found = {name: partition(grid, axes) for name, (grid, axes) in along.items()}
+    return {name: groups for name, groups in found.items() if len(groups[0]) > 1}
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, or noise of bf16."""
+    return (a - b).norm() <= 0.02 * b.norm() if b.any() else not a.any()
+
+
+def _power(factor: float, size: int) -> bool:
+    exponent = math.log(abs(factor) or 1e-300, size)
+    return round(exponent) != 0 and abs(exponent - round(exponent)) < 1e-6
+
+
+def _or_infinite(error: float) -> float:
+    return error if math.isfinite(error) else math.inf

@@ -1,0 +1,188 @@
+"""``refractor verify layouts``: the user's model under each layout, against one process: loss and every parameter's gradient.
+
+The model, its losses and its micro batches are the config's and every router objective is on. The batch is the run's first; where there is
+no dataset yet, or the model is shrunk, tokens are random, in packed documents of random lengths. Ranks are processes of this machine and
+need no GPU.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from refractor_core.config import ConfigError, Problem, RunConfig, load_run
+from refractor_core.config.parallel import ParallelConfig
+from refractor_core.config.rules import RULES, check, only_data_parallelism
+from refractor_core.config.splitting import SPLITTING
+from refractor_core.data import Batch, BatchPlan, Dataset
+from refractor_core.parallel.layout import Layout
+from refractor_core.parallel.mesh import Mesh
+from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
+from refractor_core.verify.pool import run_layouts
+from refractor_core.verify.shrink import shrunk
+from refractor_core.verify.trial import Prepare, Trial, run_trial, synthetic_batch
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
+WITHOUT_LAYOUT = tuple(rule for rule in RULES if rule is not only_data_parallelism)
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """One layout's verdict.
+
+    Args:
+        layout: as it was given.
+        loss_error: relative to one process.
+        worst_gradient_error: ‖Δ‖ / max(‖g‖, 1e-6 · the largest parameter-gradient norm) of ``worst_parameter``.
+        culprit: on failure, what is likely at fault.
+        changed_routes: share of token-expert pairs that free routing would send elsewhere; below float64 one process's are replayed.
+    """
+
+    layout: str
+    world_size: int
+    loss_error: float
+    worst_parameter: str
+    worst_gradient_error: float
+    passed: bool
+    culprit: str = ""
+    changed_routes: float = 0.0
+
+    def record(self) -> dict[str, object]:
+        """The JSON object that scripts read; an error that is not finite is a very large number, which JSON can hold."""
+        return {
+            "layout": self.layout,
+            "world_size": self.world_size,
+            "loss_error": min(self.loss_error, 1e300),
+            "worst_parameter": self.worst_parameter,
+            "worst_gradient_error": min(self.worst_gradient_error, 1e300),
+            "passed": self.passed,
+        }
+
+
+def verify_layouts(
+    path: str,
+    layouts: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    dtype: str = "float64",
+    shrink: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    timeout: float = 600.0,
+    prepare: Prepare | None = None,
+) -> list[LayoutResult]:
+    """Runs every layout and compares.
+
+    Args:
+        path: the run's YAML file.
+        layouts: such as ``tensor=2,sequence=true,expert=2``; what is not named is 1, and data parallelism fills the expert grid.
+        overrides: ``key.path=value``.
+        dtype: float64, float32 or bf16. Below float64 all ranks follow one process's routing.
+        shrink: the same structure in small.
+        log: gets a line for each layout.
+        timeout: seconds for one layout.
+        prepare: see ``run_trial``; not called for the one process.
+
+    Raises:
+        ConfigError: the config, or layouts that do not fit it: every reason of every layout at once, before a process is started.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    config = load_run(path, overrides, between_keys=WITHOUT_LAYOUT)
+    found = _legal(config, layouts)
+    if shrink:
+        config = shrunk(config, [layout for _, layout in found])
+    trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype])
+    reference = run_trial(trial, Mesh.single())
+    log(f"one process: loss {reference.loss:.12g}, gradient norm {reference.norm:.12g}, {len(reference.pieces)} parameters, {dtype}")
+    if dtype != "float64":
+        trial = replace(trial, routing=reference.routing)
+    results, tolerance = [], Tolerance.of(DTYPES[dtype])
+    for (text, layout), outcomes in zip(found, run_layouts(trial, [layout for _, layout in found], prepare, timeout), strict=True):
+        if isinstance(outcomes, str):
+            result = LayoutResult(text, layout.world_size, math.inf, "", math.inf, False, outcomes)
+        else:
+            comparison = compare(reference, outcomes, layout, tolerance)
+            result = _result(text, layout, comparison, max(outcome.changed for outcome in outcomes))
+        results.append(result)
+        log(_line(result))
+    return results
+
+
+def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
+    """``tensor=2,expert=2`` as degrees and the smallest world that holds them.
+
+    Raises:
+        ConfigError: not such a list, an unknown degree, or a value that is none; all mistakes at once.
+    """
+    problems, values = [], {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (side.strip() for side in part.partition("="))
+        if name not in ParallelConfig.model_fields:
+            close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
+            problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
+        elif name == "sequence" and value in ("true", "false"):
+            values[name] = value == "true"
+        elif name != "sequence" and value.isdecimal() and int(value) > 0:
+            values[name] = int(value)
+        else:
+            told = "expected true or false" if name == "sequence" else "expected a whole number above 0"
+            problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
+    if problems:
+        raise ConfigError(problems)
+    config = ParallelConfig(**values)
+    dense = config.pipeline * config.context * config.tensor * config.data_replicate
+    if config.data_shard != "auto":
+        return config, Layout.from_config(config, dense * config.data_shard)
+    expert = config.pipeline * config.expert * config.expert_tensor
+    return config, Layout.from_config(config, math.lcm(dense, expert))
+
+
+def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]]:
+    problems: list[Problem] = []
+    found = []
+    for text in layouts:
+        try:
+            parallel, layout = parse_layout(text)
+        except ConfigError as error:
+            problems += [replace(problem, where=f"--layout {text}") for problem in error.problems]
+            continue
+        split = config.model_copy(update={"parallel": parallel})
+        wrong = check(split, layout.world_size, rules=(*WITHOUT_LAYOUT, *SPLITTING))
+        problems += [replace(problem, where=f"--layout {text}") for problem in wrong]
+        found.append((text, layout))
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _with_objectives(config: RunConfig) -> RunConfig:
+    """The run with every router objective on."""
+    objectives, on = config.objectives, {}
+    for name in ("load_balance", "z_loss", "regret"):
+        section = getattr(objectives, name)
+        on[name] = section.model_copy(update={"weight": section.weight or 1e-2})
+    return config.model_copy(update={"objectives": objectives.model_copy(update=on)})
+
+
+def _batch(config: RunConfig, synthetic: bool) -> Batch:
+    folder = Path(config.data.dir)
+    if not synthetic and folder.is_dir():
+        return BatchPlan(Dataset.open(folder), config).batch(0)
+    length = config.curriculum.stages[0].sequence_length
+    return synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, config.run.seed)
+
+
+def _result(text: str, layout: Layout, comparison: Comparison, changed: float) -> LayoutResult:
+    name, error = comparison.worst
+    return LayoutResult(text, layout.world_size, comparison.loss_error, name, error, comparison.passed, comparison.culprit, changed)
+
+
+def _line(result: LayoutResult) -> str:
+    told = f"{'ok  ' if result.passed else 'FAIL'} {result.layout or 'one rank'} on {result.world_size} ranks: "
+    told += f"loss {result.loss_error:.1e}, worst gradient {result.worst_gradient_error:.1e} ({result.worst_parameter})"
+    told += f", {result.changed_routes:.2%} of routes would change" if result.changed_routes else ""
+    return told + (f"\n     {result.culprit}" if result.culprit else "")

@@ -1,0 +1,112 @@
+"""Ranks of this machine that run trials one after another: gloo processes started by forkserver, which live as long as the list is.
+
+A rank starts once and joins a fresh process group for every layout, so a lattice of layouts pays for its processes only once. An error
+or a hang costs the layout at which it happened; the others go on in a new set of processes.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from refractor_core.parallel.layout import Layout
+from refractor_core.parallel.mesh import Mesh
+from refractor_core.verify.trial import Outcome, Prepare, Trial, run_trial
+
+_PRELOAD = ["torch", "torch.distributed", "refractor_core.verify.trial"]
+_POLL_SECONDS = 0.05
+
+
+def run_layouts(
+    trial: Trial, layouts: Sequence[Layout], prepare: Prepare | None = None, timeout: float = 600.0
+) -> Iterator[list[Outcome] | str]:
+    """Each layout's outcomes by rank, in order, as they come; in place of a layout that failed, what its ranks told.
+
+    Args:
+        prepare: see ``run_trial``; of a module's top level, because it travels by name.
+        timeout: seconds that one layout may take.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="refractor-layouts-"))
+    try:
+        done = 0
+        while done < len(layouts):
+            for result in _run_until_failure(trial, layouts, done, prepare, timeout, folder):
+                done += 1
+                yield result
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_until_failure(
+    trial: Trial, layouts: Sequence[Layout], first: int, prepare: Prepare | None, timeout: float, folder: Path
+) -> Iterator[list[Outcome] | str]:
+    multiprocessing.set_forkserver_preload(_PRELOAD)
+    world = max(layout.world_size for layout in layouts[first:])
+    context = torch.multiprocessing.start_processes(
+        _rank, args=(trial, layouts, first, prepare, str(folder)), nprocs=world, join=False, daemon=True, start_method="forkserver"
+    )
+    try:
+        for number in range(first, len(layouts)):
+            files = [folder / f"{number}.{rank}.result" for rank in range(layouts[number].world_size)]
+            told = _wait_for(files, context.processes, time.monotonic() + timeout, folder, number)
+            if told:
+                yield told
+                return
+            yield [torch.load(file, weights_only=False) for file in files]
+            for file in files:
+                file.unlink()
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _wait_for(files: list[Path], processes: Sequence, deadline: float, folder: Path, number: int) -> str:
+    """Empty once all files are there; else what went wrong."""
+    while not all(file.exists() for file in files):
+        time.sleep(_POLL_SECONDS)
+        errors = sorted(folder.glob(f"{number}.*.error"))
+        if errors:
+            time.sleep(4 * _POLL_SECONDS)  # the others' words, if they have any
+            return "\n".join(f"{path.stem.split('.')[1]}: {path.read_text().strip()}" for path in sorted(folder.glob(f"{number}.*.error")))
+        dead = [str(rank) for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if dead:
+            return f"rank {', '.join(dead)} died without a word; was it killed for its memory?"
+        if time.monotonic() > deadline:
+            return "the ranks hang: a collective that some of them do not take part in, or a timeout that is too short"
+    return ""
+
+
+def _rank(rank: int, trial: Trial, layouts: Sequence[Layout], first: int, prepare: Prepare | None, folder: str) -> None:
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    for number in range(first, len(layouts)):
+        layout = layouts[number]
+        if rank >= layout.world_size:
+            continue
+        place = f"{folder}/{number}.{rank}"
+        try:
+            meeting = f"file://{folder}/{number}.{first}.meeting-point"
+            waits = timedelta(hours=1)  # for the slowest rank; the parent watches the clock
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=layout.world_size, timeout=waits)
+            outcome = run_trial(trial, Mesh.create(layout, rank), prepare)
+            dist.destroy_process_group()
+        except Exception:
+            Path(f"{place}.error").write_text(traceback.format_exc())
+            return
+        torch.save(outcome, f"{place}.partial")
+        os.replace(f"{place}.partial", f"{place}.result")

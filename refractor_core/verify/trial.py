@@ -1,0 +1,184 @@
+"""One rank's part of a layout's trial: the config's model, losses and batch, one step's gradients, and nothing of the optimizer.
+
+Legend: B sequences, S tokens per sequence, T tokens, L layers with experts, E experts, K experts per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refractor_core.config import RunConfig
+from refractor_core.data.batch import IGNORE, Batch
+from refractor_core.model.decoder import Decoder
+from refractor_core.model.moe import routers
+from refractor_core.model.router import Router
+from refractor_core.objectives.language_model import language_model_loss
+from refractor_core.objectives.router import RouterLosses
+from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
+from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.sharding import initialise
+
+Prepare = Callable[[Decoder, Mesh], None]
+Ranges = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run, the same under every layout.
+
+    Args:
+        config: the run, with every router objective on.
+        batch: the global batch.
+        dtype: of the model.
+        routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
+    """
+
+    config: RunConfig
+    batch: Batch
+    dtype: torch.dtype
+    routing: dict[int, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's piece of a parameter's gradient, after all reductions, and the global ranges that it covers along each dimension."""
+
+    gradient: Tensor
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank found.
+
+    Args:
+        loss: sum over this rank's sequences, of which each tensor rank has the same.
+        data_rank: whose sequences these are.
+        pieces: by parameter.
+        norm: of the whole gradient.
+        routing: experts chosen, by layer, [B, S, K] of this rank's tokens.
+        changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+    """
+
+    loss: float
+    data_rank: int
+    pieces: dict[str, Piece]
+    norm: float
+    routing: dict[int, Tensor]
+    changed: float
+
+
+def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outcome:
+    """Loss and gradients of this rank's share of the batch; collective over the mesh.
+
+    Args:
+        prepare: called with the model before the step; tests plant faults with it.
+    """
+    config = trial.config
+    model = _model(trial, mesh)
+    if prepare is not None:
+        prepare(model, mesh)
+    batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
+    followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
+    losses = RouterLosses(config.objectives, config.run.steps)
+    previous = model.previous_counts() if config.objectives.load_balance.scope == "global" else None
+    buffers = gradient_buffers(model, mesh)
+    for buffer in buffers:
+        buffer.begin()
+    total, first, length = 0.0, 0, batch.tokens_BS.shape[1]
+    size = config.batch.micro_batch_size
+    for micro in batch.micro_batches(size):
+        if first + size >= len(batch.tokens_BS):
+            for buffer in buffers:
+                buffer.last_micro_batch()
+        for follower in followers:
+            follower.first = first
+        output = model(micro.tokens_BS, micro.cu_seqlens)
+        head, axis = model.head.weight, mesh.axis("tensor")
+        loss = language_model_loss(output, micro.labels_BS, head, batch.loss_tokens, config.kernels, axis)
+        loss = loss + losses(output.routers, batch.sequences, length, config.run.steps, previous)[1].to(loss)
+        loss.backward()
+        total, first = total + loss.item(), first + size
+    for buffer in buffers:
+        buffer.finish()
+    pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for name, p in model.named_parameters()}
+    routing = {follower.layer: follower.chosen() for follower in followers}
+    changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
+    return Outcome(total, mesh.axis("data").rank, pieces, gradient_norm(model, mesh).item(), routing, changed)
+
+
+def _model(trial: Trial, mesh: Mesh) -> Decoder:
+    config = trial.config
+    recompute = config.batch.activation_checkpointing
+    model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
+    initialise(model, config.run.seed)
+    for router in routers(model):  # as if training had been under way: a bias that sways the choice, counts that are not uniform
+        if router.expert_bias_E is not None:
+            router.expert_bias_E.copy_(torch.linspace(-0.02, 0.02, len(router.expert_bias_E)))
+        router.previous_count_E.copy_(torch.arange(1, len(router.previous_count_E) + 1))
+    return model
+
+
+def _ranges(p: torch.nn.Parameter) -> Ranges:
+    return tuple(tuple(p.spec.ranges(dim)) for dim in range(p.dim()))
+
+
+class _Follower:
+    """Records a router's choices, and replaces them where a routing is given. Knows which rows of the batch are being run.
+
+    The weights of given experts are made of the router's own affinities, so gradients reach it as ever.
+    """
+
+    def __init__(self, router: Router, routing: dict[int, Tensor] | None, batch: Batch, mesh: Mesh):
+        self.layer, self.first, self.changed, self.pairs = router.layer, 0, 0, 0
+        self._config, self._free, self._found = router.config, router.choose, {}
+        self._rows = 0
+        rows, axis = len(batch.tokens_BS), router.axis
+        self._length = batch.tokens_BS.shape[1] // axis.size
+        self._given = None
+        if routing is not None:
+            own = routing[router.layer][rows * mesh.axis("data").rank :][:rows]
+            self._given = own[:, self._length * axis.rank :][:, : self._length]
+        router.choose = self._choose
+
+    def _choose(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights_TK, indices_TK, affinities_TE = self._free(logits_TE, bias_E)
+        rows = len(logits_TE) // self._length
+        if self._given is not None:
+            given_TK = self._given[self.first : self.first + rows].flatten(0, 1)
+            self.pairs += given_TK.numel()
+            self.changed += int((~(indices_TK.unsqueeze(2) == given_TK.unsqueeze(1)).any(2)).sum())
+            indices_TK, weights_TK = given_TK, affinities_TE.gather(1, given_TK)
+            if self._config.normalize_top_k:
+                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+            weights_TK = weights_TK * self._config.routed_scale
+        self._found[self.first] = indices_TK.view(rows, self._length, -1)
+        return weights_TK, indices_TK, affinities_TE
+
+    def chosen(self) -> Tensor:
+        return torch.cat([self._found[first] for first in sorted(self._found)])
+
+
+def synthetic_batch(vocabulary: int, sequences: int, length: int, seed: int) -> Batch:
+    """Random tokens in packed documents: every row holds up to four, cut at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BS = torch.randint(vocabulary, (sequences, length), generator=generator)
+    cuts = torch.randint(1, max(length, 2), (sequences, 3), generator=generator).clamp(max=length)
+    bounds = sorted({row * length + int(cut) for row in range(sequences) for cut in [0, *cuts[row]]} | {sequences * length})
+    labels_T = tokens_BS.flatten().roll(-1)
+    labels_T[torch.tensor(bounds[1:]) - 1] = IGNORE
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_T.view(sequences, length),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        sources_B=torch.zeros(sequences, dtype=torch.int64),
+        loss_tokens=int((labels_T != IGNORE).sum()),
+        sequences=sequences,
+    )
+
+
+def rows_of(batch: Batch, rank: int, world: int) -> Batch:
+    """A rank's rows of the global batch: the ``rank``-th of ``world`` equal slices."""
+    return list(batch.micro_batches(len(batch.tokens_BS) // world))[rank]

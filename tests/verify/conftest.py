@@ -1,0 +1,11 @@
+"""The document whose layouts are verified."""
+
+import pytest
+
+from tests.distributed.documents import write
+
+
+@pytest.fixture
+def layouts_config(tmp_path):
+    """``layouts_config(**changes)`` writes it and returns its path: see ``tests.distributed.documents.write``."""
+    return lambda **changes: write(tmp_path, **changes)

@@ -1,0 +1,111 @@
+"""Faults to plant in ranks: what the peers' silent layout bugs looked like. Each is a ``prepare`` of ``verify_layouts``.
+
+Only the rank that runs a trial is changed, never the one process that it is compared with.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from refractor_core.model import attention
+from refractor_core.model.moe import Experts, MixtureOfExperts
+from refractor_core.objectives import language_model
+from refractor_core.parallel import tensor
+from refractor_core.parallel.collectives import copy_to, gather, reduce_from
+from refractor_core.verify import trial
+
+
+def _spec(model, ending, **changes):
+    found = [p for name, p in model.named_parameters() if name.endswith(ending)]
+    assert found, f"no parameter ends in {ending}"
+    for p in found:
+        p.spec = replace(p.spec, **changes)
+
+
+def drop_all_gather_below_experts(model, mesh):
+    """torchtitan #4054: tokens' gradients from the experts stay on the rank that routed them."""
+    tensor.scatter = lambda x, axis, dim: x.chunk(axis.size, dim)[axis.rank]
+
+
+def drop_all_reduce_above_attention(model, mesh):
+    """Megatron's f operator without its backward."""
+    for layer in model.layers:
+        layer.attention.split = replace(layer.attention.split)
+        object.__setattr__(layer.attention.split, "project", lambda x, *weights: [x @ weight.T for weight in weights])
+
+
+def double_expert_gradients(model, mesh):
+    """DeepSpeed #5259, pytorch #160285: experts' gradients once too often for each expert rank."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for p in module.parameters():
+                p.register_hook(lambda grad: grad * mesh.axis("expert").size)
+
+
+def reduce_experts_like_dense(model, mesh):
+    """Megatron #5916: gradients of unrelated experts are mixed."""
+    _spec(model, "experts.gate_up_EFD", expert=False)
+
+
+def omit_experts_from_norm(model, mesh):
+    """Megatron #5916: the gradient norm undercounts experts."""
+    whole = trial.gradient_norm
+
+    def without(model, mesh):
+        dense = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in model.named_parameters() if not p.spec.expert})
+        return whole(dense, mesh)
+
+    trial.gradient_norm = without
+
+
+def lose_router_partials(model, mesh):
+    """transformers #48205: each tensor rank keeps its own tokens' part of the router's gradient."""
+    _spec(model, "router.weight", partial=False)
+
+
+def lose_norm_partials(model, mesh):
+    """Norms under sequence parallelism keep their own tokens' part."""
+    _spec(model, "attention_norm.weight", partial=False)
+
+
+def count_shared_heads_twice(model, mesh):
+    """Key-value heads that several ranks read get each reader's gradient once for every rank that reads them."""
+
+    def twice(x, axis, dim):
+        out = gather(x, axis, dim)
+        return out.detach() + (out - out.detach()) * (axis.size // 2)
+
+    attention.gather = twice
+
+
+def count_loss_once_per_tensor_rank(model, mesh):
+    """transformers #45994: the sum in the loss is summed again backward."""
+    language_model.reduce_from = lambda x, axis: reduce_from(copy_to(x, axis), axis)
+
+
+def statistics_of_own_tokens_only(model, mesh):
+    """torchtitan #1750: the auxiliary losses differ by rank."""
+    from refractor_core.model import router
+
+    router.reduce_from = lambda x, axis: x
+
+
+def scale_shared_experts(model, mesh):
+    """A shared expert whose partial sums are averaged."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.shared.register_forward_hook(lambda module, inputs, out: out / mesh.axis("tensor").size)
+
+
+def raise_on_rank_one(model, mesh):
+    """A rank that fails while the others wait for it."""
+    if mesh.rank == 1 and mesh.layout.tensor == 2:
+        raise RuntimeError("planted in rank 1")
+
+
+def hang_on_rank_one(model, mesh):
+    """A rank that never comes."""
+    import time
+
+    if mesh.rank == 1 and mesh.layout.tensor == 2:
+        time.sleep(60)

@@ -1,0 +1,153 @@
+"""``refractor verify layouts``: right layouts pass, planted faults are caught and pointed at, impossible layouts are refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from refractor_core.cli.main import main
+from refractor_core.config import ConfigError, load_run
+from refractor_core.data import BatchPlan, Dataset
+from refractor_core.parallel.mesh import Mesh
+from refractor_core.verify.layouts import parse_layout, verify_layouts
+from refractor_core.verify.shrink import shrunk
+from refractor_core.verify.trial import Trial, run_trial
+from tests.train import tiny
+from tests.verify import layout_faults as faults
+
+CASES = [
+    # fault, layout, changes of the config, what the message must name
+    (faults.drop_all_gather_below_experts, "tensor=2", {}, r"backward pass alone.*layers\.1\.feed_forward_norm\.weight: .*over tensor"),
+    (faults.drop_all_reduce_above_attention, "tensor=2", {}, r"backward pass alone.*layers\.1\.attention_norm\.weight: .*over tensor"),
+    (faults.double_expert_gradients, "expert=2", {}, r"layers\.1\.feed_forward\.experts\.down_EDF: exactly 2 times.*expert=2"),
+    (faults.reduce_experts_like_dense, "expert=2", {}, r"1 gradients are wrong.*layers\.1\.feed_forward\.experts\.gate_up_EFD"),
+    (faults.omit_experts_from_norm, "expert=2", {}, r"every gradient is right, but the gradient norm.*experts are left out"),
+    (faults.lose_router_partials, "tensor=2", {}, r"router\.weight: the tensor ranks hold terms.*reduction over tensor is missing"),
+    (
+        faults.lose_norm_partials,
+        "tensor=2,sequence=true",
+        {},
+        r"layers\.1\.attention_norm\.weight: the tensor ranks hold terms.*reduction over tensor is missing",
+    ),
+    (
+        faults.count_shared_heads_twice,
+        "tensor=4",
+        {"model__num_kv_heads": 1},
+        r"backward pass alone.*layers\.1\.attention\.(k_norm|v_proj)\.weight: exactly 2 times",
+    ),
+    (faults.count_loss_once_per_tensor_rank, "tensor=2", {}, r"head\.weight: exactly 2 times the right gradient.*tensor=2"),
+    (faults.statistics_of_own_tokens_only, "tensor=2", {}, r"the loss itself is wrong"),
+    (faults.scale_shared_experts, "tensor=2", {}, r"the loss itself is wrong"),
+]
+
+
+@pytest.mark.parametrize(("fault", "layout", "changes", "message"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_a_planted_fault_is_caught_and_pointed_at(layouts_config, fault, layout, changes, message):
+    (result,) = verify_layouts(layouts_config(**changes), [layout], prepare=fault)
+    assert not result.passed
+    assert re.search(message, result.culprit), result.culprit
+
+
+def test_a_rank_that_fails_costs_its_layout_only(layouts_config):
+    results = verify_layouts(layouts_config(), ["data_shard=2", "tensor=2", "expert=2"], prepare=faults.raise_on_rank_one)
+    assert [result.passed for result in results] == [True, False, True]
+    assert "planted in rank 1" in results[1].culprit
+    assert json.loads(json.dumps(results[1].record(), allow_nan=False))["worst_gradient_error"] > 1
+
+
+def test_ranks_that_hang_are_ended(layouts_config):
+    (result,) = verify_layouts(layouts_config(), ["tensor=2"], prepare=faults.hang_on_rank_one, timeout=4)
+    assert not result.passed and "hang" in result.culprit
+
+
+def test_command_prints_the_contract_and_exits_by_verdict(layouts_config, capsys):
+    path = layouts_config()
+    assert main(["verify", "layouts", path, "--layout", "tensor=2,expert=2", "--layout", "data_shard=2", "--json", "run.seed=4"]) == 0
+    out, log = capsys.readouterr()
+    rows = json.loads(out)["layouts"]
+    keys = ["layout", "world_size", "loss_error", "worst_parameter", "worst_gradient_error", "passed"]
+    assert [list(row) for row in rows] == [keys, keys]
+    assert [row["layout"] for row in rows] == ["tensor=2,expert=2", "data_shard=2"] and [row["world_size"] for row in rows] == [2, 2]
+    assert all(row["passed"] and row["worst_gradient_error"] < 1e-9 and row["loss_error"] < 1e-12 for row in rows)
+    assert log.count("ok ") == 2
+
+
+def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, capsys):
+    path = layouts_config()
+    asked = ["tensor=3,expert=8", "pipeline=2,context=2", "sequence=true", "tenor=2", "expert=two", "data_shard=3"]
+    assert main(["verify", "layouts", path, *(word for layout in asked for word in ("--layout", layout))]) == 2
+    told = capsys.readouterr().err
+    assert "one process" not in told  # nothing was run
+    for line in (
+        r"tensor=3,expert=8: parallel\.tensor = 3: does not divide model\.num_heads = 4; the nearest degree that fits everything is [24]",
+        r"tensor=3,expert=8: parallel\.tensor = 3: does not divide .*num_kv_heads = 2",
+        r"tensor=3,expert=8: parallel\.expert = 8: does not divide model\.moe\.num_experts = 4; the nearest degree that does is 4",
+        r"pipeline=2,context=2: parallel\.pipeline = 2: must be 1",
+        r"pipeline=2,context=2: parallel\.context = 2: must be 1",
+        r"sequence=true: parallel\.sequence = True: splits over the tensor ranks",
+        r"tenor=2: parallel\.tenor = '2': is not a degree; did you mean tensor\?",
+        r"expert=two: parallel\.expert = 'two': expected a whole number",
+        r"data_shard=3: batch\.global_batch_size = 8: must be a multiple",
+    ):
+        assert re.search(line, told), line
+
+
+def test_experts_of_a_model_that_has_none_are_refused(layouts_config):
+    with pytest.raises(ConfigError, match=r"expert = 2: does not divide a model without experts; the nearest degree that does is 1"):
+        verify_layouts(layouts_config(model__moe=None), ["expert=2"])
+
+
+def test_the_first_batch_of_the_dataset_is_run_where_there_is_one(tmp_path):
+    folder = tiny.prepare(tmp_path)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny.document(folder)))
+    expected = BatchPlan(Dataset.open(folder / "data"), load_run(path)).batch(0)
+    seen = []
+    log = seen.append
+    (result,) = verify_layouts(str(path), ["tensor=2,sequence=true"], log=log)
+    assert result.passed and result.worst_gradient_error < 1e-9
+    synthetic = verify_layouts(str(path), ["tensor=2"], [f"data.dir={tmp_path}/none"], log=log)
+    assert synthetic[0].passed
+    losses = [float(line.split()[3].rstrip(",")) for line in seen if line.startswith("one process")]
+    assert losses[0] != losses[1]
+    trial = Trial(load_run(path), expected, torch.float64)
+    assert losses[0] == pytest.approx(run_trial(trial, Mesh.single()).loss, rel=1e-9)
+
+
+def test_training_still_refuses_what_verify_runs(layouts_config):
+    with pytest.raises(ConfigError, match="parallel.tensor"):
+        load_run(layouts_config(parallel__tensor=2))
+    results = verify_layouts(layouts_config(parallel__tensor=2), ["tensor=2", "data_replicate=2,data_shard=2,expert=2"])
+    assert all(result.passed for result in results)
+
+
+@pytest.mark.parametrize(
+    ("text", "world"),
+    [("", 1), ("expert=2", 2), ("tensor=2,expert=2", 2), ("tensor=2,expert=4", 4), ("tensor=2,expert_tensor=2,expert=2,data_shard=4", 8)],
+)
+def test_the_world_is_the_smallest_that_holds_both_grids(text, world):
+    assert parse_layout(text)[1].world_size == world
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_low_precision_follows_one_routing(layouts_config, dtype):
+    for result in verify_layouts(layouts_config(), ["tensor=2,sequence=true,expert=2", "data_shard=2"], dtype=dtype):
+        assert result.passed, result.culprit
+        assert result.changed_routes < 0.05
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3", "olmoe-1b-7b", "qwen3-30b-a3b"])
+def test_shrinking_keeps_what_layouts_split(layouts_config, name):
+    path = layouts_config(model={"extends": str(Path("configs/models").resolve() / f"{name}.yaml")})
+    config, (_, layout) = load_run(path), parse_layout("tensor=2,expert=4,expert_tensor=2")
+    small = shrunk(config, [layout]).model
+    assert small.num_heads == config.model.num_heads and small.kv_heads == config.model.kv_heads
+    assert small.moe.num_experts == config.model.moe.num_experts and small.moe.top_k == config.model.moe.top_k
+    assert small.attention.kind == config.model.attention.kind
+    assert small.hidden_size <= 32 and small.num_layers <= 4 and len(small.moe_layers()) == 2
+    if name in ("deepseek-v3", "olmoe-1b-7b"):
+        (result,) = verify_layouts(path, ["tensor=2,sequence=true,expert=2"], shrink=True)
+        assert result.passed, result.culprit
