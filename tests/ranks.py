@@ -18,7 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor"]
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 60.0
+"""Beyond the timeout, for ranks that a loaded machine starts late: each counts its own time. Once all that are left have, it is over."""
 
 
 def run_ranks(n: int, function: Callable, *args: Any, directory: Path, timeout: float = 60.0) -> list[Any]:
@@ -44,7 +45,7 @@ def run_ranks(n: int, function: Callable, *args: Any, directory: Path, timeout: 
     deadline = time.monotonic() + timeout + GRACE_SECONDS
     try:
         while not context.join(timeout=1.0):
-            if time.monotonic() > deadline:
+            if _all_located(context, directory) or time.monotonic() > deadline:
                 raise AssertionError(f"{n} ranks did not finish within {timeout:.0f} s:\n{_notes(directory, 'hang')}")
     except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
         raise AssertionError(f"a rank failed: {error}\n{_notes(directory, 'error')}") from None
@@ -67,11 +68,18 @@ def _rank(rank: int, n: int, function: Callable, args: tuple, directory: str, ti
             faulthandler.dump_traceback_later(timeout, file=hang)
             dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-point", rank=rank, world_size=n)
             torch.save(function(rank, *args), folder / f"{rank}.result")
-            dist.destroy_process_group()
+            if dist.is_initialized():  # the function may have left it for groups of its own
+                dist.destroy_process_group()
             faulthandler.cancel_dump_traceback_later()
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         raise
+
+
+def _all_located(context: Any, directory: Path) -> bool:
+    """Whether every rank that still runs has told where it hangs."""
+    files = [directory / f"{rank}.hang" for rank, process in enumerate(context.processes) if process.is_alive()]
+    return bool(files) and all(file.exists() and file.stat().st_size for file in files)
 
 
 def _notes(directory: Path, kind: str) -> str:

@@ -109,7 +109,6 @@ def train_rank(rank: int, run: RunConfig, world: int, port: int) -> None:
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     join(run, Place(rank, world, rank, world, under_torchrun=True), RunDirectory(Path(run.run.dir)))
-    dist.init_process_group("gloo", init_method=f"file://{run.run.dir}/.after-{port}", rank=rank, world_size=world)
 
 
 def _in_process(run: RunConfig) -> None:
