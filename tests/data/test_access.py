@@ -6,9 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from refractor_core.data import Dataset, build, validate
+from refractor_core.data import Dataset, build
 from refractor_core.data.inspect import describe_dataset
 from refractor_core.data.manifest import Manifest
+from refractor_core.data.validate import validate
 from tests.data.corpora import run_config, words, write_corpus
 
 

@@ -74,7 +74,8 @@ def test_a_damaged_member_is_told_and_the_rest_is_read(tmp_path: Path) -> None:
 def test_a_wrong_length_loses_its_record_and_no_other(tmp_path: Path) -> None:
     bad = [record("conversion", b"long", length=10**17), record("conversion", b"short text", "https://short", length=2)]
     path = tmp_path / "c.wet"
-    write(path, [WET[1], bad[1], WET[2], WET[3].replace(b"Content-Length: ", b"Content-Length: x"), WET[4], b"noise\nmore\n", WET[5]], "plain")
+    no_number = WET[3].replace(b"Content-Length: ", b"Content-Length: x")
+    write(path, [WET[1], bad[1], WET[2], no_number, WET[4], b"noise\nmore\n", WET[5]], "plain")
     documents, unread = read("wet", path)
     assert [item.url for item in documents] == ["https://x/0", "https://short", "https://x/1", "https://x/3", "https://x/4"]
     assert len(unread) == 3 and {item.rule for item in unread} == {"damaged_record"}
