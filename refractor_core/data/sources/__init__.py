@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pyarrow
 
 from refractor_core.config.sources import (
+    ArrowSource,
     CodeSource,
     HfDatasetSource,
     JsonlSource,
@@ -77,8 +78,6 @@ def read_file(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unr
 
 
 def _read(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unreadable]:
-    if isinstance(source, PythonStdlibSource):
-        return read_stdlib(source, file)
     if isinstance(source, TextSource):
         return read_text(source, file)
     if isinstance(source, JsonlSource):
@@ -91,7 +90,9 @@ def _read(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unreada
         return read_archive(source, file)
     if isinstance(source, MegatronSource | OlmoSource):
         return read_tokens(source, file, load_tokenizer(source, source.name))
-    return read_arrow(source, file)
+    if isinstance(source, ArrowSource | HfDatasetSource):
+        return read_arrow(source, file)
+    return read_stdlib(source, file)
 
 
 def _has_surrogates(text: str) -> bool:
