@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
     "matplotlib",
     "jinja2",
     "prometheus-client",
+    "pathspec",  # git's ignore rules for code trees
     "tqdm",
     "xxhash",
 ]

@@ -1,58 +1,11 @@
 """Documents, the dataset made of them, and the order in which training sees it."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.section import Section
-
-
-class PythonStdlibSource(Section):
-    """The running interpreter's own library. Needs no download."""
-
-    kind: Literal["python_stdlib"]
-    """This source's kind."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Unique name; provenance and metrics carry it."""
-    domain: Literal["code", "prose", "license"]
-    """Which part: modules, the prose of the language reference and docstrings, or licence files."""
-
-
-class TextSource(Section):
-    """Plain text files, one document each."""
-
-    kind: Literal["text"]
-    """This source's kind."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Unique name; provenance and metrics carry it."""
-    path: str
-    """Glob of files, relative to the working directory; .gz and .zst are unpacked."""
-    domain: str = "text"
-    """Domain that held-out evaluation reports by."""
-    license: str = "unknown"
-    """Licence of every document."""
-
-
-class JsonlSource(Section):
-    """Files with one JSON object per line, one document each."""
-
-    kind: Literal["jsonl"]
-    """This source's kind."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Unique name; provenance and metrics carry it."""
-    path: str
-    """Glob of files, relative to the working directory; .gz and .zst are unpacked."""
-    domain: str = "text"
-    """Domain that held-out evaluation reports by."""
-    text_key: str = "text"
-    """Key of the text in each object."""
-    license: str = "unknown"
-    """Licence of a document whose object has no ``license_key``."""
-    license_key: str = "license"
-    """Key of the licence in each object."""
-
-
-SourceConfig = Annotated[PythonStdlibSource | TextSource | JsonlSource, Field(discriminator="kind")]
+from refractor_core.config.sources import SourceConfig
 
 
 class TokenizerConfig(Section):

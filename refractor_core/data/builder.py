@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from refractor_core.config.data import SourceConfig
 from refractor_core.config.run import RunConfig
+from refractor_core.config.sources import SourceConfig
 from refractor_core.data.audit import write_audit
 from refractor_core.data.corpus import Corpus, clean_corpus, held_out
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, TOKENIZER, UNIGRAM, Dataset
@@ -63,6 +63,7 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
         ValueError: a source, the tokenizer or the corpus is unusable, or ``data.dir`` holds something else.
         OSError: writing failed, for instance because the disk is full.
     """
+    _refuse_access(config)
     target = Path(config.data.dir)
     target = target.resolve() if target.is_symlink() else target  # the link stays, what it leads to is exchanged
     recover(target)
@@ -82,6 +83,17 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
     dataset = Dataset.open(target)
     _summarise(dataset)
     return dataset
+
+
+def _refuse_access(config: RunConfig) -> None:
+    """Data that is not for training never reaches a file that training reads."""
+    lines = [
+        f"data.sources.{index}.access = {source.access!r} (source {source.name!r}): only sources with access: train are built; remove it"
+        for index, source in enumerate(config.data.sources)
+        if source.access != "train"
+    ]
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
 def _existing(target: Path, config: RunConfig) -> Dataset | None:
@@ -111,7 +123,7 @@ def _write_dataset(folder: Path, config: RunConfig, corpus: Corpus) -> None:
     (folder / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
     placed, counts = _write_stores(folder, config, ordered, split_of, tokenizer)
     np.save(folder / UNIGRAM, counts)
-    _write_documents(folder / DOCUMENTS, placed)
+    _write_documents(folder / DOCUMENTS, placed, {source.name: source.access for source in config.data.sources})
     write_audit(folder / AUDIT, corpus.removals)
     manifest = _manifest(folder, config, corpus, tokenizer, placed)
     (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
@@ -155,9 +167,10 @@ def _training_sample(documents: Sequence[Document]) -> list[Document]:
     return list(documents[: max(1, int(np.searchsorted(sizes, TRAINING_SAMPLE, side="right")))])
 
 
-def _write_documents(path: Path, placed: Sequence[Placed]) -> None:
-    names = ("id", "source", "path", "license", "domain", "sha256")
+def _write_documents(path: Path, placed: Sequence[Placed], access: dict[str, str]) -> None:
+    names = ("id", "source", "path", "url", "license", "domain", "sha256")
     columns: dict[str, list] = {name: [getattr(entry.document, name) for entry in placed] for name in names}
+    columns["access"] = [access[entry.document.source] for entry in placed]
     columns["split"] = [entry.split for entry in placed]
     columns["tokens"] = [entry.tokens for entry in placed]
     columns["bytes"] = [len(entry.document.encoded) for entry in placed]
@@ -194,6 +207,7 @@ def _source_entry(source: SourceConfig, corpus: Corpus, placed: Sequence[Placed]
     return SourceEntry(
         name=source.name,
         domain=source.domain,
+        access=source.access,
         read=corpus.read[source.name],
         removed=corpus.removed(source.name),
         train=figures("train"),

@@ -11,11 +11,12 @@ class Document:
 
     Args:
         source: name of the entry in ``data.sources``.
-        path: where the text lies inside its source: a path that is the same on every machine, with ``:line`` in a JSONL file and
-            ``#entry`` in a file of several documents.
+        path: where the text lies inside its source: a path that is the same on every machine, with ``:number`` of a line, row
+            or token document, counted from 1, ``@offset`` of an archive's record in bytes, or ``#entry`` where entries have names.
         text: the text, free of lone surrogates.
         license: licence of the text, ``unknown`` where nobody said.
         domain: domain that evaluation reports by.
+        url: address that the text came from, empty where nobody said.
     """
 
     source: str
@@ -23,6 +24,7 @@ class Document:
     text: str
     license: str
     domain: str
+    url: str = ""
 
     @cached_property
     def id(self) -> str:

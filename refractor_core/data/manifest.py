@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from refractor_core.config.run import RunConfig
+from refractor_core.config.sources import MegatronSource, OlmoSource
 
 SCHEMA_VERSION = 1
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Version of the code between a document and its tokens. Raise it with every change that changes a dataset."""
 MANIFEST = "manifest.json"
 
@@ -36,10 +37,11 @@ class SplitEntry(_Record):
 
 
 class SourceEntry(_Record):
-    """One source: what was read, what was removed at each stage, what stayed."""
+    """One source: who may read it, what was read, what was removed at each stage, what stayed."""
 
     name: str
     domain: str
+    access: Literal["train", "eval-only", "restricted"] = "train"
     read: int
     removed: dict[str, int]
     train: SplitEntry
@@ -97,6 +99,9 @@ def build_config(config: RunConfig) -> dict[str, Any]:
     part = config.data.model_dump(mode="json", exclude={"dir", "mixture"})
     if config.data.tokenizer.path is not None:
         part["tokenizer"]["sha256"] = _file_sha256(Path(config.data.tokenizer.path))
+    for source, entry in zip(config.data.sources, part["sources"]):
+        if isinstance(source, MegatronSource | OlmoSource):
+            entry["tokenizer_sha256"] = _file_sha256(Path(source.tokenizer_path))
     return {"data": part, "model": {"vocab_size": config.model.vocab_size}, "code_version": CODE_VERSION}
 
 

@@ -9,7 +9,7 @@ from refractor_core.data.dataset import DOCUMENTS, UNIGRAM, Dataset
 from refractor_core.data.order import BatchPlan
 from refractor_core.data.store import TokenStore
 
-COLUMNS = ("id", "source", "path", "license", "domain", "sha256", "split", "tokens", "bytes", "position")
+COLUMNS = ("id", "source", "path", "url", "license", "domain", "access", "sha256", "split", "tokens", "bytes", "position")
 LARGEST_DEVIATION = 1.0
 """Samples by which a source may miss its share at the end of a stage."""
 
@@ -57,6 +57,8 @@ def _provenance(dataset: Dataset) -> list[str]:
         sides = {split: {row[name] for row in rows if row["split"] == split} for split in ("train", "heldout")}
         if both := sides["train"] & sides["heldout"]:
             findings.append(f"{DOCUMENTS}: {len(both)} documents are in both splits by {name}, such as {min(both)}")
+    if wrong := sorted({row["source"] for row in rows if row["access"] != "train"}):
+        findings.append(f"{DOCUMENTS}: holds documents that are not for training, of {', '.join(wrong)}")
     if len({row["id"] for row in rows}) != len(rows):
         findings.append(f"{DOCUMENTS}: some ids occur twice")
     return findings

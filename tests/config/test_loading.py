@@ -167,7 +167,7 @@ optimizer: null
         "modle": ("run.yaml:10", {}, "did you mean model?"),
         "parallel.tensor": ("run.yaml:11", 2, "tensor parallelism comes later"),
         "data.sources.0.path": ("run.yaml:14", None, "is missing; expected text"),
-        "data.sources.1": ("run.yaml:15", {"kind": "txt", "name": "b"}, "one of jsonl, python_stdlib, text"),
+        "data.sources.1": ("run.yaml:15", {"kind": "txt", "name": "b"}, "jsonl, megatron, olmo, parquet, python_stdlib, text"),
         "data.sources.2.name": ("run.yaml:16", "no spaces", "text that matches"),
         "objectives.z_loss.band": ("run.yaml:17", [1], "a list of 2 items"),
         "objectives.regret.band": ("run.yaml:17", [2.0, 1.0], "low below high"),

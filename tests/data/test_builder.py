@@ -299,11 +299,11 @@ def test_a_given_tokenizer_is_part_of_the_configuration(tmp_path: Path) -> None:
 
 def test_the_interpreters_library_becomes_three_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real library, less most of its modules."""
-    library = sources.stdlib_folder()
-    whole = sources._list_stdlib
+    library = sources.stdlib.stdlib_folder()
+    whole = sources.list_stdlib
     modules = {"ast.py", "bisect.py", "calendar.py", "csv.py", "heapq.py", "json/decoder.py"}
     keep = (*modules, "LICENSE.txt", "site-packages/numpy-", "site-packages/pydantic-", "site-packages/tqdm-", "site-packages/scipy-")
-    monkeypatch.setattr(sources, "_list_stdlib", lambda domain: [file for file in whole(domain) if file.label.startswith(keep)])
+    monkeypatch.setattr(sources, "list_stdlib", lambda domain: [file for file in whole(domain) if file.label.startswith(keep)])
     names = ("code", "prose", "license")
     config = run_config(tmp_path / "dataset", [{"name": name, "kind": "python_stdlib", "domain": name} for name in names])
     dataset = build(config)

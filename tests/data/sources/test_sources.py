@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from refractor_core.config.data import JsonlSource, PythonStdlibSource, SourceConfig, TextSource
-from refractor_core.data import sources
+from refractor_core.config.sources import JsonlSource, PythonStdlibSource, SourceConfig, TextSource
 from refractor_core.data.documents import Document, Unreadable
-from refractor_core.data.sources import docstrings, list_files, read_file
+from refractor_core.data.sources import list_files, read_file
+from refractor_core.data.sources import stdlib as stdlib_module
+from refractor_core.data.sources.stdlib import docstrings
 
 
 def read(source: SourceConfig) -> list[Document | Unreadable]:
@@ -151,8 +152,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.setattr(sources, "stdlib_folder", lambda: tmp_path / "lib")
-    monkeypatch.setattr(sources, "packages_folder", lambda: tmp_path / "packages")
+    monkeypatch.setattr(stdlib_module, "stdlib_folder", lambda: tmp_path / "lib")
+    monkeypatch.setattr(stdlib_module, "packages_folder", lambda: tmp_path / "packages")
     return tmp_path
 
 
