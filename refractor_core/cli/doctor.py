@@ -21,6 +21,7 @@ REQUIRED = (
     "tokenizers",
     "datasketch",
     "pyarrow",
+    "pathspec",
     "matplotlib",
     "jinja2",
     "prometheus-client",
