@@ -18,7 +18,7 @@ INSTALL_REQUIRES = [
     "tqdm",
     "xxhash",
 ]
-# "apex" is missing on purpose: the one on PyPI is a web toolkit of 2013. NVIDIA's is optional, installed from its own source,
+# NVIDIA apex is missing on purpose: the package of that name on PyPI is a web toolkit of 2013. NVIDIA's is optional, installed from its own source,
 # and found by its attributes, never by its name alone.
 EXTRAS_REQUIRE = {
     "test": [
