@@ -18,8 +18,8 @@ INSTALL_REQUIRES = [
     "tqdm",
     "xxhash",
 ]
-# NVIDIA apex is missing on purpose: the package of that name on PyPI is a web toolkit of 2013. NVIDIA's is optional, installed from its own source,
-# and found by its attributes, never by its name alone.
+# NVIDIA apex is missing on purpose: the package of that name on PyPI is a web toolkit of 2013. NVIDIA's is optional, installed from
+# its own source, and found by its attributes, never by its name alone.
 EXTRAS_REQUIRE = {
     "test": [
         "pytest",
