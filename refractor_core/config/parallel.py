@@ -26,8 +26,14 @@ class ParallelConfig(Section):
     """Stages that the layers are cut into."""
     virtual_pipeline: PositiveInt = 1
     """Stages per pipeline rank."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"] = "1f1b"
+    """Order of forwards and backwards on the pipeline ranks; ``refractor plan schedule`` draws it."""
+    stage_cuts: tuple[PositiveInt, ...] | None = None
+    """First layer of every stage but the first, ascending; null cuts by estimated cost."""
     context: PositiveInt = 1
     """Ranks that share each sequence."""
+    context_exchange: Literal["ring", "all_gather"] = "ring"
+    """How context ranks see each other's keys and values: passed on block by block behind the attention, or gathered at once."""
     data_shard: PositiveInt | Literal["auto"] = "auto"
     """Data-parallel ranks that share optimizer state; auto takes what is left of the world."""
     data_replicate: PositiveInt = 1

@@ -21,6 +21,9 @@ class Layout:
     context: int = 1
     data_shard: int = 1
     data_replicate: int = 1
+    schedule: str = "1f1b"
+    stage_cuts: tuple[int, ...] | None = None
+    context_exchange: str = "ring"
 
     @classmethod
     def from_config(cls, config: ParallelConfig, world_size: int) -> "Layout":
@@ -42,6 +45,9 @@ class Layout:
             config.context,
             max(shard, 1),
             config.data_replicate,
+            config.schedule,
+            config.stage_cuts,
+            config.context_exchange,
         )
         problems = layout._problems(auto=config.data_shard == "auto")
         if problems:
@@ -69,6 +75,17 @@ class Layout:
         """Axes of the experts over the same ranks, slowest first."""
         expert_data = self.world_size // max(1, self.pipeline * self.expert * self.expert_tensor)
         return {"pipeline": self.pipeline, "expert_data": expert_data, "expert": self.expert, "expert_tensor": self.expert_tensor}
+
+    @property
+    def expert_shard_grid(self) -> dict[str, int]:
+        """The expert grid with ``expert_data`` cut into copies (``expert_replicate``) and the ranks of a copy that share optimizer state.
+
+        The copies are those of the dense grid where they divide ``expert_data``; else experts reach across them and there is one.
+        """
+        grid = self.expert_grid
+        copies = self.data_replicate if grid["expert_data"] % self.data_replicate == 0 else 1
+        shared = {"expert_replicate": copies, "expert_shard": grid["expert_data"] // copies}
+        return {"pipeline": self.pipeline, **shared, "expert": self.expert, "expert_tensor": self.expert_tensor}
 
     def _problems(self, auto: bool) -> list[Problem]:
         found = []

@@ -40,8 +40,19 @@ class Mesh:
     Args:
         layout: the degrees.
         rank: this rank in the world.
-        axes: by name; besides the grids' own axes ``data`` (replicate × shard), ``data_context`` (data × context: the ranks that share a
-            dense parameter's gradient), ``dense`` (data × context × tensor: all ranks of a pipeline stage) and ``world``.
+        axes: by name; besides the grids' own axes
+
+            =====================  ==============================================================================================
+            ``data``               replicate × shard: ranks that read different sequences
+            ``data_context``       data × context: ranks that share a dense parameter's gradient
+            ``dense``              data × context × tensor: all ranks of a pipeline stage
+            ``context_tensor``     context × tensor: ranks that the tokens of a sequence are divided over
+            ``shard_context``      shard × context: ranks that share a dense parameter's optimizer state
+            ``shard_dense``        shard × context × tensor: the same where tensor ranks' gradients are terms of a sum
+            ``expert_replicate``   copies of the experts, and ``expert_shard``: the ranks of a copy that share their optimizer state
+            ``ends``               first and last pipeline rank, which both hold tied embeddings; size 1 for those between
+            ``world``              all
+            =====================  ==============================================================================================
     """
 
     layout: Layout
@@ -65,9 +76,16 @@ class Mesh:
         wanted["data"] = (dense, ("data_replicate", "data_shard"))
         wanted["data_context"] = (dense, ("data_replicate", "data_shard", "context"))
         wanted["dense"] = (dense, ("data_replicate", "data_shard", "context", "tensor"))
+        wanted["context_tensor"] = (dense, ("context", "tensor"))
+        wanted["shard_context"] = (dense, ("data_shard", "context"))
+        wanted["shard_dense"] = (dense, ("data_shard", "context", "tensor"))
+        for name in ("expert_replicate", "expert_shard"):
+            wanted[name] = (layout.expert_shard_grid, (name,))
         wanted["world"] = (dense, tuple(dense))
+        groups = {name: partition(grid, along) for name, (grid, along) in wanted.items()}
+        groups["ends"] = _ends(partition(dense, ("pipeline",)))
         made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
-        return cls(layout, rank, {name: _axis(name, grid, along, rank, made) for name, (grid, along) in wanted.items()})
+        return cls(layout, rank, {name: _axis(name, ranks, rank, made) for name, ranks in groups.items()})
 
 
 def partition(grid: dict[str, int], along: tuple[str, ...]) -> list[tuple[int, ...]]:
@@ -85,21 +103,30 @@ def partition(grid: dict[str, int], along: tuple[str, ...]) -> list[tuple[int, .
     return [tuple(base + offset for offset in inner) for base in offsets([name for name in names if name not in along])]
 
 
-def _axis(name: str, grid: dict[str, int], along: tuple[str, ...], rank: int, made: dict) -> Axis:
-    groups = partition(grid, along)
+def _ends(pipelines: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """First and last rank of each pipeline together, the others alone."""
+    found = []
+    for ranks in pipelines:
+        found += [(ranks[0], ranks[-1]), *((rank,) for rank in ranks[1:-1])] if len(ranks) > 1 else [ranks]
+    return found
+
+
+def _axis(name: str, groups: list[tuple[int, ...]], rank: int, made: dict) -> Axis:
     mine = next(ranks for ranks in groups if rank in ranks)
     group = None
-    if len(mine) > 1:
+    if any(len(ranks) > 1 for ranks in groups):
         key = tuple(groups)
         if key not in made:  # axes that name the same ranks share one group
             made[key] = dist.group.WORLD if len(groups) == 1 else _new_groups(groups, rank)
-        group = made[key]
+        group = made[key] if len(mine) > 1 else None
     return Axis(name, len(mine), mine.index(rank), mine, group)
 
 
 def _new_groups(groups: list[tuple[int, ...]], rank: int) -> dist.ProcessGroup:
     mine = None
     for ranks in groups:  # every rank takes part in making every group, in the same order
+        if len(ranks) == 1:
+            continue
         made = dist.new_group(list(ranks))
         mine = made if rank in ranks else mine
     return mine
