@@ -56,15 +56,15 @@ def _random_extent(chance: random.Random, shape: tuple[int, ...]) -> Extent:
         bounds = sorted(chance.sample(range(size + 1), 2 * chance.randint(1, (size + 1) // 2)))
         ranges.append(tuple(zip(bounds[::2], bounds[1::2])))
     count = math.prod(Extent(shape, tuple(ranges), 0, 0).box_shape)
-    first, last = sorted(chance.choices(range(count + 1), k=2))
+    first, last = chance.randint(0, count // 3), chance.randint(count // 2, count)
     return Extent(shape, tuple(ranges), first, last)
 
 
 def test_what_two_random_stretches_share_is_what_their_indices_share():
-    """500 pairs in one to four dimensions, with up to three ranges along each, against sets of global indices."""
+    """400 pairs in one to four dimensions, with up to three ranges along each, against sets of global indices."""
     chance, shared = random.Random(0), 0
-    for _ in range(500):
-        shape = tuple(chance.randint(1, 6) for _ in range(chance.randint(1, 4)))
+    for _ in range(400):
+        shape = tuple(chance.randint(2, 9) for _ in range(chance.randint(1, 4)))
         one, other = _random_extent(chance, shape), _random_extent(chance, shape)
         mine, theirs = (torch.from_numpy(extent.global_indices(0, extent.numel)) for extent in (one, other))
         assert overlap(one, other) == len(set(mine.tolist()) & set(theirs.tolist()))
