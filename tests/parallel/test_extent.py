@@ -71,4 +71,4 @@ def test_what_two_random_stretches_share_is_what_their_indices_share():
         target = torch.full((one.numel,), -1, dtype=torch.int64)
         shared += copy_overlap(target, one, theirs, other)
         assert torch.equal(target, torch.where(torch.isin(mine, theirs), mine, -1))
-    assert shared > 1000
+    assert shared > 500
