@@ -144,7 +144,11 @@ def only_data_parallelism(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    batch, ranks = config.batch, data_ranks(config, world_size)
+    batch, parallel = config.batch, config.parallel
+    if parallel.data_shard != "auto" or world_size is None:
+        ranks = (1 if parallel.data_shard == "auto" else parallel.data_shard) * parallel.data_replicate
+    else:
+        ranks = max(1, world_size // (parallel.pipeline * parallel.context * parallel.tensor))
     share = batch.micro_batch_size * ranks
     if batch.global_batch_size % share:
         nearest = max(1, round(batch.global_batch_size / share)) * share
@@ -152,14 +156,6 @@ def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Proble
             f"must be a multiple of micro_batch_size × data-parallel ranks = {batch.micro_batch_size} × {ranks}; the nearest is {nearest}"
         )
         yield Problem("batch.global_batch_size", batch.global_batch_size, expected)
-
-
-def data_ranks(config: RunConfig, world_size: int | None) -> int:
-    """Ranks that read different sequences."""
-    parallel = config.parallel
-    if parallel.data_shard != "auto" or world_size is None:
-        return (1 if parallel.data_shard == "auto" else parallel.data_shard) * parallel.data_replicate
-    return max(1, world_size // (parallel.pipeline * parallel.context * parallel.tensor))
 
 
 def source_names(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

@@ -9,47 +9,16 @@ from collections.abc import Callable, Iterator
 from refractor_core.config import rules
 from refractor_core.config.errors import Problem
 from refractor_core.config.run import RunConfig
-from refractor_core.config.stages import problems
 
 
 def unsplit_axes(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    parallel = config.parallel
-    for name, degree in (("context", parallel.context),):
-        if degree != 1:
-            yield Problem(f"parallel.{name}", degree, f"must be 1: this decoder runs every layer on whole sequences; {name} comes later")
+    if config.parallel.context != 1:
+        yield Problem("parallel.context", config.parallel.context, "must be 1: this decoder sees whole sequences; context comes later")
 
 
 def sequence_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     if config.parallel.sequence and config.parallel.tensor == 1:
         yield Problem("parallel.sequence", True, "splits over the tensor ranks, of which there is one; write false, or raise tensor")
-
-
-def schedule_sizes(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    parallel, batch, ranks = config.parallel, config.batch, rules.data_ranks(config, world_size)
-    share = ranks * batch.micro_batch_size
-    if batch.global_batch_size % share:
-        return  # ``rules.batch_division`` says so
-    micro_batches = batch.global_batch_size // share
-    counted = f"micro_batches = global_batch_size / (micro_batch_size × data-parallel ranks) = {batch.global_batch_size} / {share}"
-    for reason in problems(parallel.schedule, parallel.pipeline, micro_batches, parallel.virtual_pipeline):
-        yield Problem("parallel.schedule", parallel.schedule, f"{reason}; {counted}" if "micro batches" in reason else reason)
-
-
-def stages_hold_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    parallel, layers = config.parallel, config.model.num_layers
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if stages > layers:
-        product = f"{parallel.pipeline} × virtual_pipeline={parallel.virtual_pipeline}"
-        mend = f"the nearest pipeline is {max(1, layers // parallel.virtual_pipeline)}"
-        mend += "" if layers >= parallel.virtual_pipeline else f" with virtual_pipeline={layers}"
-        expected = f"makes {stages} stages of model.num_layers = {layers} layers, and each needs one; {mend}"
-        yield Problem("parallel.pipeline", product, expected)
-    elif (cuts := parallel.stage_cuts) is not None:
-        bounds = (0, *cuts, layers)
-        if len(cuts) != stages - 1 or any(first >= last for first, last in zip(bounds, bounds[1:])):
-            expected = f"must be {stages - 1} ascending layers from 1 to {layers - 1}, the first of each of {stages} stages but the first"
-            even = [layers * stage // stages for stage in range(1, stages)]
-            yield Problem("parallel.stage_cuts", list(cuts), f"{expected}; such as {even}, or null to cut by cost")
 
 
 def tensor_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -99,4 +68,4 @@ def _nearest(degree: int, largest: int, fits: Callable[[int], bool]) -> int:
     return min((candidate for candidate in range(1, largest + 1) if fits(candidate)), key=lambda candidate: abs(candidate - degree))
 
 
-SPLITTING: tuple[rules.Rule, ...] = (unsplit_axes, schedule_sizes, stages_hold_layers, sequence_split, tensor_divides, experts_divide)
+SPLITTING: tuple[rules.Rule, ...] = (unsplit_axes, sequence_split, tensor_divides, experts_divide)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -77,7 +78,8 @@ def verify_layouts(
 
     Args:
         path: the run's YAML file.
-        layouts: such as ``tensor=2,sequence=true,expert=2``; what is not named is 1, and data parallelism fills the expert grid.
+        layouts: such as ``tensor=2,sequence=true,pipeline=4,schedule=zb_h1,stage_cuts=2/4/6``; what is not named is 1, and data
+            parallelism fills the expert grid.
         overrides: ``key.path=value``.
         dtype: float64, float32 or bf16. Below float64 all ranks follow one process's routing.
         shrink: the same structure in small.
@@ -124,12 +126,18 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
             close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
             mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
             problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
-        elif name == "sequence" and value in ("true", "false"):
-            values[name] = value == "true"
-        elif name != "sequence" and value.isdecimal() and int(value) > 0:
-            values[name] = int(value)
+            continue
+        if name == "stage_cuts":
+            cuts = [int(cut) for cut in value.split("/") if cut.isdecimal() and int(cut)]
+            values[name] = tuple(cuts) if len(cuts) == value.count("/") + 1 else None
+            told = "expected layers above 0, parted by /, such as 2/4/6"
+        elif words := _words(name):
+            values[name] = words.get(value)
+            told = f"expected {' or '.join(words)}"
         else:
-            told = "expected true or false" if name == "sequence" else "expected a whole number above 0"
+            values[name] = int(value) if value.isdecimal() and int(value) > 0 else None
+            told = "expected a whole number above 0"
+        if values[name] is None:
             problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
     if problems:
         raise ConfigError(problems)
@@ -139,6 +147,12 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
         return config, Layout.from_config(config, dense * config.data_shard)
     expert = config.pipeline * config.expert * config.expert_tensor
     return config, Layout.from_config(config, math.lcm(dense, expert))
+
+
+def _words(name: str) -> dict[str, object]:
+    """The values of a degree that is chosen by a word; empty where it is a number."""
+    kind = ParallelConfig.model_fields[name].annotation
+    return {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind) if isinstance(word, str)}
 
 
 def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]]:

@@ -1,10 +1,10 @@
 """Executes one rank's part of a schedule: forwards, backwards, and the transfers between them.
 
-Each SEND is an ``isend``, each RECV an ``irecv`` into a buffer of its own, in the order of the list; a compute action waits for the receives
-that it reads. A sent activation is waited for at the backward of its own stage and micro batch, by when its reader must have had it; a sent
-gradient when the next one leaves the same stage. Transfers are never batched: torch's NCCL backend gives batched ones another communicator
-than single ones, and the two ends of a transfer may stand among different neighbours. The validator's proof, under blocking transfers,
-covers this order. Between two stages of the same rank values are handed over.
+Each SEND is an ``isend``, each RECV an ``irecv`` into a buffer of its own, in the order of the list; a compute action waits for the
+receives that it reads. A sent activation is waited for at the backward of its own stage and micro batch, by when its reader must have had
+it; a sent gradient when the next one leaves the same stage. Transfers are never batched: torch's NCCL backend gives batched ones another
+communicator than single ones, and the two ends of a transfer may stand among different neighbours. The validator's proof, under blocking
+transfers, covers this order. Between two stages of the same rank values are handed over.
 
 Legend: B sequences of a micro batch, S tokens per sequence, D model; the residual stream is [B, S, D] or a rank's slice of it.
 """

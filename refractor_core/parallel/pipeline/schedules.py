@@ -19,7 +19,6 @@ first and after its last action if tF = tI = tW: what the papers call zero bubbl
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from refractor_core.config.stages import VIRTUAL, problems
 from refractor_core.parallel.pipeline.actions import Action, Kind, Schedule
 from refractor_core.parallel.pipeline.communication import with_communication
 
@@ -30,7 +29,7 @@ class _Recipe(NamedTuple):
     """How a kind is made: ``order(r, p, m, v)`` is rank r's compute."""
 
     order: Callable[[int, int, int, int], list[Action]]
-    virtual: tuple[int, int | None]
+    virtual: tuple[int, int | None] = (1, 1)
     """Fewest and most stages per rank."""
     splits: bool = False
     """Weights' gradients are made apart from the gradient of the input (I and W instead of B)."""
@@ -64,6 +63,34 @@ def placement(kind: str, pipeline: int, virtual: int) -> tuple[int, ...]:
     up = list(range(pipeline))
     rounds = [up[::-1] if KINDS[kind].folded and loop % 2 else up for loop in range(virtual)]
     return tuple(rank for ranks in rounds for rank in ranks)
+
+
+def problems(kind: str, pipeline: int, micro_batches: int, virtual: int) -> list[str]:
+    """Everything that stands against a schedule of these sizes, each with the nearest legal choice; empty if it can be built."""
+    if kind not in KINDS:
+        return [f"schedule {kind!r} is not known; choose one of {', '.join(KINDS)}"]
+    sizes = {"pipeline": pipeline, "micro_batches": micro_batches, "virtual": virtual}
+    found = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
+    if found:
+        return found
+    fewest, most = KINDS[kind].virtual
+    if virtual < fewest or (most is not None and virtual > most):
+        count = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
+        plural = "stage" if fewest == 1 else "stages"
+        other = "; for more, take kind interleaved" if most == 1 else "; for one, take kind 1f1b" if virtual == 1 else ""
+        found.append(f"{kind} has {count} {plural} per rank, not virtual={virtual}: take virtual={fewest}{other}")
+    if kind != "gpipe" and micro_batches < pipeline:
+        found.append(
+            f"{kind} on pipeline={pipeline} ranks needs at least {pipeline} micro batches, not {micro_batches}: "
+            f"take micro_batches={pipeline}, pipeline={micro_batches}, or kind gpipe"
+        )
+    elif kind == "interleaved" and micro_batches % pipeline:
+        below = micro_batches // pipeline * pipeline
+        found.append(
+            f"interleaved on pipeline={pipeline} ranks needs a multiple of {pipeline} micro batches, not {micro_batches}: "
+            f"take micro_batches={below} or {below + pipeline}"
+        )
+    return found
 
 
 def _gpipe(rank: int, p: int, m: int, v: int) -> list[Action]:
@@ -119,10 +146,10 @@ def _zbv(rank: int, p: int, m: int, v: int) -> list[Action]:
 
 
 KINDS = {
-    "gpipe": _Recipe(_gpipe, VIRTUAL["gpipe"]),
-    "1f1b": _Recipe(_1f1b, VIRTUAL["1f1b"]),
-    "interleaved": _Recipe(_interleaved, VIRTUAL["interleaved"]),
-    "zb_h1": _Recipe(_zb_h1, VIRTUAL["zb_h1"], splits=True),
-    "zbv": _Recipe(_zbv, VIRTUAL["zbv"], splits=True, folded=True),
+    "gpipe": _Recipe(_gpipe),
+    "1f1b": _Recipe(_1f1b),
+    "interleaved": _Recipe(_interleaved, virtual=(2, None)),
+    "zb_h1": _Recipe(_zb_h1, splits=True),
+    "zbv": _Recipe(_zbv, virtual=(2, 2), splits=True, folded=True),
 }
 """Name → how it is made."""

@@ -54,7 +54,10 @@ def test_a_layers_cost_is_the_weights_that_a_token_meets(name):
 
 
 def test_stages_follow_the_placement_and_cover_the_model():
-    for layout in (Layout(2, pipeline=2, virtual_pipeline=2, schedule="zbv"), Layout(2, pipeline=2, virtual_pipeline=2, schedule="interleaved")):
+    for layout in (
+        Layout(2, pipeline=2, virtual_pipeline=2, schedule="zbv"),
+        Layout(2, pipeline=2, virtual_pipeline=2, schedule="interleaved"),
+    ):
         stages = cut(MODELS["experts"], layout)
         assert [layer for stage in stages for layer in stage.layers] == list(range(5))
         assert [stage.first for stage in stages] == [True, False, False, False] and [stage.last for stage in stages].index(True) == 3
