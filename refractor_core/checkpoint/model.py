@@ -10,8 +10,8 @@ from refractor_core.checkpoint.writer import write
 from refractor_core.config.model import ModelConfig
 from refractor_core.model.decoder import Decoder
 from refractor_core.model.hub import import_hub
-from refractor_core.parallel.extent import Saved
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 
 
 def find_checkpoint(path: Path) -> Checkpoint:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
 
-from refractor_core.parallel.extent import Extent, Ranges, Saved, overlap
+from refractor_core.parallel.extent import Extent, Ranges, overlap
+from refractor_core.parallel.segments import Saved
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import xxhash
 from torch import Tensor
 
 from refractor_core.checkpoint.pieces import Holding, Piece, assign, flaw
-from refractor_core.parallel.extent import Saved
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -144,10 +144,10 @@ def _described(held: list[list[Holding]], entries: list[dict]) -> dict:
         for holding in (holdings[place] for place in entry["chosen"]):
             piece = Piece(entry["file"], holding.name, entry["xxh3"][holding.name], holding.extent)
             pieces[holding.name].append((holding, piece))
-    tensors, flaws = {}, []
-    for name, found in pieces.items():
+    tensors, flaws = {}, [f"{name}: no rank wrote it" for name, found in pieces.items() if not found]
+    for name, found in ((name, found) for name, found in pieces.items() if found):
         dtypes, shapes = {holding.dtype for holding, _ in found}, {holding.extent.global_shape for holding, _ in found}
-        if len(dtypes) != 1 or len(shapes) != 1:
+        if len(dtypes) > 1 or len(shapes) > 1:
             flaws.append(f"{name}: written in shapes {sorted(shapes)} and formats {sorted(dtypes)}")
             continue
         shape = list(shapes.pop())

@@ -15,7 +15,7 @@ from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
-from refractor_core.parallel.extent import Saved
+from refractor_core.parallel.segments import Saved
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.flops import active_matrix_parameters, flops_per_token, peak_flops
 from refractor_core.train.records import Records

@@ -11,8 +11,8 @@ import torch
 
 from refractor_core.checkpoint import Checkpoint, DamagedCheckpoint, write
 from refractor_core.checkpoint import writer as writer_module
-from refractor_core.parallel.extent import Saved
 from refractor_core.parallel.mesh import Axis, Layout, Mesh
+from refractor_core.parallel.segments import Saved
 
 ALONE = Axis("world")
 

@@ -12,8 +12,8 @@ import torch
 from refractor_core import load_model
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.data import BatchPlan
-from refractor_core.parallel.extent import Saved
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 from refractor_core.telemetry.records import StepLog, write_status
 from refractor_core.train import launch, loop
 from refractor_core.train.directory import RunDirectory

@@ -10,8 +10,8 @@ import torch
 
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.config import ConfigError
-from refractor_core.parallel.extent import Saved
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 from tests.train import tiny
 
 VARIANTS = {

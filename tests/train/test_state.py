@@ -6,8 +6,8 @@ import torch
 
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.data import BatchPlan, Dataset
-from refractor_core.parallel.extent import Saved
 from refractor_core.parallel.mesh import Axis, Mesh
+from refractor_core.parallel.segments import Saved
 from refractor_core.train.place import Place
 from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
