@@ -42,7 +42,7 @@ class Trainer:
         self.requests = Requests(directory.requests)
         self._kill_marker = directory.path / ".fault-kill-done"
         self._kill_armed = config.faults.kill_at_step is not None and not self._kill_marker.exists()
-        self._matrix_parameters = active_matrix_parameters(self.state.model, config.model)
+        self._matrix_parameters = active_matrix_parameters(config.model)
         peak = peak_flops(runtime.device, DTYPES[config.precision.compute]) * runtime.place.world_size
         self.records = None
         if runtime.is_main:
