@@ -82,7 +82,8 @@ def _total(count_E: Tensor, assumed: int) -> int:
 def _grouped_supported(*tensors: Tensor) -> bool:
     """torch's grouped GEMM takes bf16 (and on CPU float32) with rows of a multiple of 16 bytes; no empty operand."""
     first = tensors[0]
-    dtypes = (torch.bfloat16, torch.float32) if first.device.type == "cpu" else (torch.bfloat16,)
+    # Without values even a CPU's tensors are refused in float32.
+    dtypes = (torch.bfloat16, torch.float32) if check.readable(first) else (torch.bfloat16,)
     aligned = all(size * t.element_size() % 16 == 0 for t in tensors for size in t.shape[-2 if t.dim() == 3 else -1 :])
     return _grouped_mm is not None and first.dtype in dtypes and aligned and all(t.numel() for t in tensors)
 
