@@ -40,7 +40,7 @@ class GradientBuffers:
         self.axis = axis
         self._buckets: list[_Bucket] = []
         self._fresh: set[nn.Parameter] = set()
-        self._last = False
+        self._last: set[nn.Parameter] = set()
         self._fill_buckets([p for p in parameters if p.requires_grad][::-1])
 
     def _fill_buckets(self, parameters: list[nn.Parameter]) -> None:
@@ -65,13 +65,16 @@ class GradientBuffers:
         return bucket
 
     def _accumulate(self, p: nn.Parameter, bucket: _Bucket) -> None:
+        if p.grad is None:  # deferred: autograd went past without it, and comes again with it
+            return
         if p in self._fresh:
             p.main_grad.copy_(p.grad)
             self._fresh.discard(p)
         else:
             p.main_grad.add_(p.grad)
         p.grad = None
-        if self._last:
+        if p in self._last:
+            self._last.discard(p)
             bucket.pending -= 1
             self._launch(lambda waiting: waiting.pending == 0)
 
@@ -94,19 +97,24 @@ class GradientBuffers:
     def begin(self) -> None:
         """Starts a step: the next gradient of each parameter replaces what is there."""
         self._fresh = {p for bucket in self._buckets for p in bucket.parameters}
-        self._last = False
-
-    def last_micro_batch(self) -> None:
-        """The next backward pass is the step's last one: buckets are reduced as they fill."""
-        self._last = True
+        self._last = set()
         for bucket in self._buckets:
             bucket.pending, bucket.launched = len(bucket.parameters), False
+
+    def last_micro_batch(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """The next gradient is the step's last: a bucket is reduced once all of its parameters had theirs.
+
+        Args:
+            parameters: of which this holds, those of a pipeline stage; others' buffers have the rest. None: all.
+        """
+        held = {p for bucket in self._buckets for p in bucket.parameters}
+        self._last |= held if parameters is None else held.intersection(parameters)
 
     def finish(self) -> list[Tensor]:
         """Waits for the sums and returns the buffers. Parameters that had no gradient this step have zero."""
         for p in self._fresh:
             p.main_grad.zero_()
-        self._fresh = set()
+        self._fresh, self._last = set(), set()
         self._launch(lambda waiting: True)  # those with a parameter that took no part in the last backward pass
         for bucket in self._buckets:
             if bucket.work is not None:

@@ -6,6 +6,7 @@ import time
 import torch
 
 from refractor_core.config.model import ModelConfig
+from refractor_core.model.decoder import Decoder
 
 _PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 FLOP/s by data sheet, by a part of the device's name."""
@@ -27,10 +28,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int, matrix_parameters
     return 6.0 * matrix_parameters + 6.0 * config.num_layers * span * config.num_heads * width / 2
 
 
-def active_matrix_parameters(model: torch.nn.Module, config: ModelConfig) -> int:
-    """Weights that one token is multiplied with."""
+def active_matrix_parameters(config: ModelConfig) -> int:
+    """Weights of the whole model that one token is multiplied with, wherever they are."""
     total = 0.0
-    for name, p in model.named_parameters():
+    for name, p in Decoder(config, device="meta").named_parameters():
         if p.dim() < 2 or "embedding" in name and not config.tie_embeddings:
             continue
         share = config.moe.top_k / config.moe.num_experts if config.moe and p.dim() == 3 else 1.0

@@ -45,6 +45,44 @@ def test_micro_batches_add_up(micro):
             assert p.grad is None
 
 
+def test_stages_have_their_last_micro_batch_at_their_own_time(monkeypatch):
+    monkeypatch.setattr(gradients, "_BUCKET_BYTES", 8)
+    model, order = network(), []
+    buffers = GradientBuffers(model.parameters(), Axis("data"))
+    monkeypatch.setattr(gradients.GradientBuffers, "_launch", lambda self, ready: order.append([ready(b) for b in self._buckets]))
+    buffers.begin()
+    buffers.last_micro_batch(model[2].parameters())
+    loss(model, rows()[:4]).backward()
+    assert order == [[True, False, False, False], [True, True, False, False]]  # by bucket, the last parameter's first
+    buffers.last_micro_batch(model[0].parameters())
+    model(rows()[4:]).square().sum().backward()
+    assert order[-1] == [True] * 4 and len(order) == 4
+
+
+class _Deferred(torch.autograd.Function):
+    """x · w, whose backward leaves the gradient of w to somebody else."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def test_a_gradient_may_come_after_the_backward_pass():
+    p = nn.Parameter(torch.ones(1))
+    buffers = GradientBuffers([p], Axis("data"))
+    buffers.begin()
+    buffers.last_micro_batch()
+    _Deferred.apply(torch.ones(1, requires_grad=True), p).sum().backward()
+    torch.autograd.backward([p], [torch.full((1,), 3.0)])
+    buffers.finish()
+    assert p.main_grad.item() == 3.0
+
+
 def test_low_precision_gradients_are_added_in_float32():
     p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     buffers = GradientBuffers([p], Axis("data"))
