@@ -1,7 +1,6 @@
 """Where Triton's kernels can run at all. Imports without Triton."""
 
 import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,9 +13,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _hindrance() -> str | None:
-    if find_spec("triton") is None:
+    if not INTERPRETED and not torch.version.cuda:
+        return "this PyTorch is built without CUDA"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
         return HOW_TO_GET
-    return None if INTERPRETED or torch.version.cuda else "this PyTorch is built without CUDA"
+    return None
 
 
 HINDRANCE = _hindrance()
