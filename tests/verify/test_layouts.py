@@ -41,10 +41,37 @@ CASES = [
     (faults.count_loss_once_per_tensor_rank, "tensor=2", {}, r"head\.weight: exactly 2 times the right gradient.*tensor=2"),
     (faults.statistics_of_own_tokens_only, "tensor=2", {}, r"the loss itself is wrong"),
     (faults.scale_shared_experts, "tensor=2", {}, r"the loss itself is wrong"),
+    (faults.leak_documents_over_context, "context=2", {}, r"the loss itself is wrong"),
+    (faults.leak_documents_over_context, "context=2,context_exchange=all_gather", {}, r"the loss itself is wrong"),
+    (
+        faults.lose_the_last_blocks_gradient,
+        "context=2",
+        {},
+        r"backward pass alone.*nearest to the loss is layers\.1\.attention\.(k_norm|v_proj)\.weight",
+    ),
+    (
+        faults.count_capacity_in_rank_order,
+        "context=2",
+        {"model__moe__capacity_factor": 0.75},
+        r"the loss itself is wrong.*routing decision",
+    ),
+    (faults.statistics_of_own_context_rank_only, "context=2", {}, r"the loss itself is wrong"),
+    (
+        faults.scale_auxiliary_gradients_by_context,
+        "context=2",
+        {},
+        r"backward pass alone.*nearest to the loss is layers\.1\.feed_forward\.router\.weight",
+    ),
+    (
+        faults.reduce_gradients_over_data_only,
+        "context=2",
+        {},
+        r"head\.weight: the context ranks hold terms.*reduction over context is missing",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("fault", "layout", "changes", "message"), CASES, ids=[case[0].__name__ for case in CASES])
+@pytest.mark.parametrize(("fault", "layout", "changes", "message"), CASES, ids=[f"{case[0].__name__}-{case[1]}" for case in CASES])
 def test_a_planted_fault_is_caught_and_pointed_at(layouts_config, fault, layout, changes, message):
     (result,) = verify_layouts(layouts_config(**changes), [layout], prepare=fault)
     assert not result.passed
