@@ -65,6 +65,7 @@ class Stepper:
             request: this rank's wish, told to all with the step's figures.
         """
         state, config = self._state, self._config
+        state.model.stretch(config.model_at(state.step).rope.scaling)
         losses, routers = self._backward(batch)
         buffers = state.gradients.finish()
         scale = state.scaler.scale

@@ -1,11 +1,13 @@
 """Stretches of pieces, made under one layout, fill those of any other exactly."""
 
+import math
+import random
 from itertools import product
 
 import pytest
 import torch
 
-from refractor_core.parallel.extent import Extent, copy_overlap
+from refractor_core.parallel.extent import Extent, copy_overlap, overlap
 from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import ShardSpec
 
@@ -46,3 +48,27 @@ def test_the_whole_tensor_is_an_extent_and_a_scalar_too():
 def test_tensors_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="does not fit"):
         copy_overlap(torch.zeros(4), Extent.whole((4,)), torch.zeros(2, 2), Extent.whole((2, 2)))
+
+
+def _random_extent(chance: random.Random, shape: tuple[int, ...]) -> Extent:
+    ranges = []
+    for size in shape:
+        bounds = sorted(chance.sample(range(size + 1), 2 * chance.randint(1, (size + 1) // 2)))
+        ranges.append(tuple(zip(bounds[::2], bounds[1::2])))
+    count = math.prod(Extent(shape, tuple(ranges), 0, 0).box_shape)
+    first, last = chance.randint(0, count // 3), chance.randint(count // 2, count)
+    return Extent(shape, tuple(ranges), first, last)
+
+
+def test_what_two_random_stretches_share_is_what_their_indices_share():
+    """400 pairs in one to four dimensions, with up to three ranges along each, against sets of global indices."""
+    chance, shared = random.Random(0), 0
+    for _ in range(400):
+        shape = tuple(chance.randint(2, 9) for _ in range(chance.randint(1, 4)))
+        one, other = _random_extent(chance, shape), _random_extent(chance, shape)
+        mine, theirs = (torch.from_numpy(extent.global_indices(0, extent.numel)) for extent in (one, other))
+        assert overlap(one, other) == len(set(mine.tolist()) & set(theirs.tolist()))
+        target = torch.full((one.numel,), -1, dtype=torch.int64)
+        shared += copy_overlap(target, one, theirs, other)
+        assert torch.equal(target, torch.where(torch.isin(mine, theirs), mine, -1))
+    assert shared > 500
