@@ -1,7 +1,7 @@
 """The decoder: embedding, layers of attention and feed-forward, last norm, output head; or this rank's stages of it.
 
 Legend: B batch, S sequence, D model, V vocabulary, L layers with experts, E experts. The residual stream is [B, S, D], the same on all
-tensor ranks, or split over them along S under sequence parallelism.
+tensor ranks, or split over them along S under sequence parallelism; context ranks each have their own tokens of it.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from refractor_core.model.moe import MixtureOfExperts, routers
 from refractor_core.model.output import Output, RouterStatistics
 from refractor_core.model.rope import angles, positions
 from refractor_core.parallel.collectives import join
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.pipeline.cutting import Stage, cut, stages_of_rank
 from refractor_core.parallel.tensor import TensorSplit
@@ -43,7 +44,7 @@ class DecoderLayer(nn.Module):
         norm = partial(RMSNorm, config.hidden_size, config.norm_epsilon, partial=split.partial, **common)
         kind = LatentAttention if config.attention.kind == "mla" else GroupedQueryAttention
         self.attention_norm = norm()
-        self.attention = kind(config, residual_std=residual_std, recompute=recompute, split=split, **common)
+        self.attention = kind(config, residual_std=residual_std, recompute=recompute, split=split, context=ContextSplit.of(mesh), **common)
         self.feed_forward_norm = norm()
         if index in config.moe_layers():
             self.feed_forward = MixtureOfExperts(config, index, mesh, residual_std=residual_std, recompute=recompute, **common)
@@ -92,7 +93,7 @@ class Decoder(nn.Module):
         dtype: of parameters and activations; what is delicate is computed in at least float32.
 
     Raises:
-        ValueError: sizes that do not fit together, or not the layout; a layout with context above 1.
+        ValueError: sizes that do not fit together, or not the layout.
     """
 
     def __init__(
@@ -107,14 +108,13 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         mesh = mesh or Mesh.single()
-        _refuse_axes(mesh)
         if config.rotary_width % 2:
             raise ValueError(f"rotary positions turn pairs: the rotary width of a head, {config.rotary_width}, must be even")
         if activation_checkpointing not in ("none", "selective", "full"):
             raise ValueError(f"activation_checkpointing={activation_checkpointing!r} is not none, selective or full")
         common = {"dtype": dtype, "device": device}
         self.config, self.recompute_layers = config, activation_checkpointing == "full"
-        selective, self.split = activation_checkpointing == "selective", TensorSplit.of(mesh)
+        selective, self.split, self.context = activation_checkpointing == "selective", TensorSplit.of(mesh), ContextSplit.of(mesh)
         self.stages = stages_of_rank(config, mesh.layout, mesh.axis("pipeline").rank)
         self._is_whole = len(self.stages) == len(cut(config, mesh.layout))
         first, last = (any(getattr(stage, end) for stage in self.stages) for end in ("first", "last"))
@@ -134,12 +134,13 @@ class Decoder(nn.Module):
         """The whole model, on a rank that holds it.
 
         Args:
-            tokens_BS: int64.
+            tokens_BS: int64, whole sequences: context ranks are given the same and take their own tokens, in the order of
+                ``ContextSplit.positions``.
             cu_seqlens: int32 [N+1], document boundaries in the flattened B·S tokens; every row begins a document. None: one document a
                 row. Attention stays within a document, and positions start anew in each.
 
         Raises:
-            ValueError: tokens that are not [B, S]; a rank that holds some stages only.
+            ValueError: tokens that are not [B, S], or do not divide over the context ranks; a rank that holds some stages only.
         """
         if not self._is_whole:
             raise ValueError("this rank holds some stages of the model only: run them with run_stage")
@@ -164,8 +165,8 @@ class Decoder(nn.Module):
         if tokens_BS.dim() != 2:
             raise ValueError(f"tokens_BS has shape {tuple(tokens_BS.shape)}, expected [B, S]")
         if stage.first:
-            x = self.embedding(tokens_BS)
-        places = positions(cu_seqlens, *tokens_BS.shape, tokens_BS.device)
+            x = self.embedding(self.context.own(tokens_BS))
+        places = self.context.own(positions(cu_seqlens, *tokens_BS.shape, tokens_BS.device), -1)
         cos, sin = angles(self.config.rope, self.config.rotary_width, places, x.dtype)
         statistics = []
         for layer in (self.layers[index] for index in stage.layers):
@@ -183,7 +184,8 @@ class Decoder(nn.Module):
 
     def stream_shape(self, sequences: int, length: int) -> tuple[int, int, int]:
         """Shape of the residual stream on this rank, [B, S, D] or its slice."""
-        return sequences, length // (self.split.axis.size if self.split.sequence else 1), self.config.hidden_size
+        ranks = self.context.axis.size * (self.split.axis.size if self.split.sequence else 1)
+        return sequences, length // ranks, self.config.hidden_size
 
     def stage_parameters(self, stage: Stage) -> list[nn.Parameter]:
         """The parameters whose gradients a stage makes."""
@@ -220,8 +222,3 @@ class Decoder(nn.Module):
             raise ValueError(f"counts_LE has shape {tuple(counts_LE.shape)}, expected {tuple(self.previous_counts().shape)}")
         for router, count_E in zip(routers(self), counts_LE, strict=True):
             router.previous_count_E.copy_(count_E)
-
-
-def _refuse_axes(mesh: Mesh) -> None:
-    if mesh.axis("context").size > 1:
-        raise ValueError(f"this decoder sees whole sequences, but the layout splits them: context={mesh.axis('context').size}")

@@ -15,6 +15,7 @@ from refractor_core.model.dispatch import Dispatch
 from refractor_core.model.layers import SwiGLU
 from refractor_core.model.output import RouterStatistics
 from refractor_core.model.router import Router
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.sharding import parameter
 from refractor_core.parallel.tensor import TensorSplit
@@ -24,7 +25,11 @@ from refractor_kernels import experts
 
 class Experts(nn.Module):
     """E SwiGLUs in two tensors, gate rows before up rows. The ``expert`` ranks share the experts, the ``expert_tensor`` ranks each
-    expert's width."""
+    expert's width.
+
+    Attributes:
+        assumed_load: rows that a dry run takes to arrive here, over an even share; real counts take no notice of it.
+    """
 
     def __init__(
         self,
@@ -45,11 +50,11 @@ class Experts(nn.Module):
         shape, blocks = (count, 2 * hidden, width), {1: (hidden, hidden)}
         self.gate_up_EFD = make(shape, std=config.init_std, splits={0: which, 1: inside}, blocks=blocks)
         self.down_EDF = make((count, width, hidden), std=residual_std, splits={0: which, 2: inside})
-        self.op, self.recompute = partial(experts, backend=kernels), recompute
+        self.op, self.recompute, self.assumed_load = partial(experts, backend=kernels), recompute, 1.0
 
     def dispatch(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Dispatch:
         """Sends tokens on their way to their experts; other work may be done before ``forward``."""
-        return Dispatch(x_TD, indices_TK, weights_TK, self.count, *self.axes)
+        return Dispatch(x_TD, indices_TK, weights_TK, self.count, *self.axes, self.assumed_load)
 
     def forward(self, tokens: Dispatch) -> Tensor:
         """[T, D]: the weighted sum of each token's experts."""
@@ -64,7 +69,7 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Routed experts plus, if any, shared experts that every token visits, computed while routed tokens are under way.
 
-    Tensor ranks first divide the tokens among them, so that none is routed twice.
+    Tensor ranks first divide a context rank's tokens among them, so that none is routed twice.
 
     Shape: residual stream → (residual stream, the router's statistics).
     """
@@ -84,7 +89,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         common = {"kernels": kernels, "dtype": dtype, "device": device}
         self.split = split = TensorSplit.of(mesh)
-        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, axis=split.axis, **common)
+        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, split=ContextSplit.with_tensor(mesh), **common)
         self.experts = Experts(config, mesh, residual_std=residual_std, recompute=recompute, **common)
         shared, stds = config.moe.num_shared_experts * config.moe.expert_hidden_size, {"std": config.init_std, "residual_std": residual_std}
         self.shared = SwiGLU(config.hidden_size, shared, split=split, **stds, **common) if shared else None

@@ -154,7 +154,9 @@ class _StepWork:
         if not self._stages[stage].last:
             return out, weighted
         output = model.output(out, statistics)
-        loss = language_model_loss(output, micro.labels_BS, model.head.weight, batch.loss_tokens, self._config.kernels, self._tensor)
+        loss = language_model_loss(
+            output, model.context.own(micro.labels_BS), model.head.weight, batch.loss_tokens, self._config.kernels, self._tensor
+        )
         self._add(language_model=loss)
         return None, loss + weighted.to(loss)
 

@@ -22,7 +22,8 @@ def shrunk(config: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     if all(layout.stage_cuts is None for layout in layouts):
         stages = max(layout.pipeline * layout.virtual_pipeline for layout in layouts)
     model = _model(config.model, tensor, inside, stages)
-    length = _multiple(min(config.curriculum.stages[0].sequence_length, _LENGTH), tensor)
+    chunks = math.lcm(*(layout.tensor * (2 * layout.context if layout.context > 1 else 1) for layout in layouts))
+    length = _multiple(min(config.curriculum.stages[0].sequence_length, _LENGTH), chunks)
     curriculum = tuple(stage.model_copy(update={"sequence_length": length}) for stage in config.curriculum.stages)
     micro = min(config.batch.micro_batch_size, 2)
     count = max(2, math.lcm(*(layout.pipeline for layout in layouts)))  # micro batches that every schedule can do

@@ -32,6 +32,7 @@ class Trial:
         config: the run, with every router objective on.
         batch: the global batch.
         dtype: of the model.
+        rounded: weights have values of this format; None: of ``dtype``.
         routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
     """
 
@@ -39,6 +40,7 @@ class Trial:
     batch: Batch
     dtype: torch.dtype
     routing: dict[int, Tensor] | None = None
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ def _model(trial: Trial, mesh: Mesh) -> Decoder:
     recompute = config.batch.activation_checkpointing
     model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
     initialise(model, config.run.seed)
+    if trial.rounded is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.to(trial.rounded))
     for router in routers(model):  # as if training had been under way: a bias that sways the choice, counts that are not uniform
         if router.expert_bias_E is not None:
             router.expert_bias_E.copy_(torch.linspace(-0.02, 0.02, len(router.expert_bias_E)))
@@ -134,12 +140,10 @@ class _Follower:
         self.layer, self.first, self.changed, self.pairs = router.layer, 0, 0, 0
         self._config, self._free, self._found = router.config, router.choose, {}
         self._rows = 0
-        rows, axis = len(batch.tokens_BS), router.axis
-        self._length = batch.tokens_BS.shape[1] // axis.size
+        rows, self._length = len(batch.tokens_BS), batch.tokens_BS.shape[1] // router.split.axis.size
         self._given = None
         if routing is not None:
-            own = routing[router.layer][rows * mesh.axis("data").rank :][:rows]
-            self._given = own[:, self._length * axis.rank :][:, : self._length]
+            self._given = router.split.own(routing[router.layer][rows * mesh.axis("data").rank :][:rows])
         router.choose = self._choose
 
     def _choose(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
