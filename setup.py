@@ -10,6 +10,7 @@ INSTALL_REQUIRES = [
     "safetensors",
     "tokenizers",
     "datasketch",
+    "numba",
     "pyarrow",
     "matplotlib",
     "jinja2",

@@ -5,7 +5,7 @@ import json
 
 from refractor_core.config import RunConfig, config_sha, dump, load_document, load_run
 from refractor_core.config.document import dump_with_origins, summary, write_specification
-from refractor_core.parallel.layout import Layout
+from refractor_core.parallel.legality import TRAINING
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "document":
         print(f"{args.path}: {'rewritten' if write_specification(args.path) else 'is current'}")
         return 0
-    config = load_run(args.config, args.overrides, world_size=args.world_size)
-    if args.world_size is not None:
-        Layout.from_config(config.parallel, args.world_size)
+    config = load_run(args.config, args.overrides, world_size=args.world_size, between_keys=TRAINING)
     if args.action == "check":
         print(f"{summary(config)}\nOK {config_sha(config)[:12]}")
     elif args.key:

@@ -20,6 +20,7 @@ REQUIRED = (
     "safetensors",
     "tokenizers",
     "datasketch",
+    "numba",
     "pyarrow",
     "pathspec",
     "matplotlib",

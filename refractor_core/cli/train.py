@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from refractor_core.config.loading import load_run
-    from refractor_core.parallel.layout import Layout
+    from refractor_core.parallel.legality import TRAINING
     from refractor_core.train.place import Place
 
     place = Place.from_environment()
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
         print("error: --nproc starts torchrun, but this process already runs under it; leave one of the two out", file=sys.stderr)
         return 2
     world_size = args.check or args.nproc or place.world_size
-    config = load_run(args.config, args.overrides, world_size=world_size)
-    Layout.from_config(config.parallel, world_size)
+    config = load_run(args.config, args.overrides, world_size=world_size, between_keys=TRAINING)
 
     # Heavy imports last: a bad config is refused at once.
     from refractor_core.train.directory import RunDirectory

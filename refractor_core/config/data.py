@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.section import Section
 from refractor_core.config.sources import SourceConfig
 
@@ -83,6 +84,9 @@ class StageConfig(Section):
     """First step that is no longer in this stage."""
     sequence_length: PositiveInt
     """Tokens per sequence."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretching of rotary positions from the stage's first step on, in place of ``model.rope.scaling``; null: the model's own. Checkpoints
+    and exports carry the one that their last step ran with."""
 
 
 class CurriculumConfig(Section):

@@ -7,6 +7,7 @@ that mistake is already reported.
 from collections.abc import Callable, Iterator, Sequence
 
 from refractor_core.config.errors import Problem
+from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.run import RunConfig
 
 Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
@@ -70,9 +71,27 @@ def latent_attention(config: RunConfig, world_size: int | None) -> Iterator[Prob
 
 
 def yarn_bounds(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    scaling = config.model.rope.scaling
+    yield from _yarn_bounds("model.rope.scaling", config.model.rope.scaling)
+
+
+def stages_yarn_bounds(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for index, stage in enumerate(config.curriculum.stages):
+        yield from _yarn_bounds(f"curriculum.stages.{index}.rope_scaling", stage.rope_scaling)
+
+
+def _yarn_bounds(key: str, scaling: RopeScalingConfig | None) -> Iterator[Problem]:
     if scaling and scaling.kind == "yarn" and scaling.beta_fast <= scaling.beta_slow:
-        yield Problem("model.rope.scaling.beta_fast", scaling.beta_fast, f"must be above beta_slow = {scaling.beta_slow}")
+        yield Problem(f"{key}.beta_fast", scaling.beta_fast, f"must be above beta_slow = {scaling.beta_slow}")
+
+
+def stages_stretch_enough(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for index, stage in enumerate(config.curriculum.stages):
+        scaling = stage.rope_scaling
+        if scaling and scaling.factor * scaling.original_context < stage.sequence_length:
+            needed = stage.sequence_length / scaling.original_context
+            reach = f"{scaling.original_context} to {scaling.factor * scaling.original_context:.0f} tokens"
+            expected = f"stretches {reach}, but the stage has {stage.sequence_length}; the least factor is {needed:g}"
+            yield Problem(f"curriculum.stages.{index}.rope_scaling.factor", scaling.factor, expected)
 
 
 def experts_per_token(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -208,6 +227,8 @@ RULES: tuple[Rule, ...] = (
     kv_heads,
     latent_attention,
     yarn_bounds,
+    stages_yarn_bounds,
+    stages_stretch_enough,
     experts_per_token,
     expert_groups,
     dense_layers,

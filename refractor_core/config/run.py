@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from refractor_core.config.data import CurriculumConfig, DataConfig
-from refractor_core.config.model import ModelConfig
+from refractor_core.config.model import ModelConfig, RopeScalingConfig
 from refractor_core.config.operations import EvaluationConfig, FaultsConfig, TelemetryConfig
 from refractor_core.config.parallel import BatchConfig, ParallelConfig
 from refractor_core.config.section import Section
@@ -73,3 +73,19 @@ class RunConfig(Section):
     """The built-in suite."""
     faults: FaultsConfig = FaultsConfig()
     """Faults to plant."""
+
+    def rope_scalings(self, until_step: int) -> list[tuple[int, RopeScalingConfig | None]]:
+        """(first step, stretching of rotary positions from it on) of every change before ``until_step``; the first is at step 0."""
+        found: list[tuple[int, RopeScalingConfig | None]] = []
+        first = 0
+        for stage in self.curriculum.stages:
+            scaling = stage.rope_scaling or self.model.rope.scaling
+            if not found or (first < until_step and found[-1][1] != scaling):
+                found.append((first, scaling))
+            first = stage.until_step
+        return found
+
+    def model_at(self, step: int) -> ModelConfig:
+        """The model as ``step`` (from 0) runs it: with the rotary positions of the curriculum's stage."""
+        _, scaling = self.rope_scalings(step + 1)[-1]
+        return self.model.model_copy(update={"rope": self.model.rope.model_copy(update={"scaling": scaling})})

@@ -1,27 +1,24 @@
 """Duplicates: exact by hash, near by MinHash and LSH with every candidate verified.
 
 Unverified candidates must not be joined: on real text more than half of what an unverified closure removes has no near twin at all.
-Signatures and index are datasketch's (scheme affine32); similarity is the exact Jaccard index of the sets of word 5-grams, which
-are held as 64-bit hashes.
+Signatures are datasketch's, computed by ``signatures``; similarity is the exact Jaccard index of the sets of word 5-grams, which are held
+as 64-bit hashes. Documents that share a band are found by sorting the bands' keys.
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import xxhash
-from datasketch import MinHash, MinHashLSH
 
 from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.documents import Document
+from refractor_core.data.signatures import jaccard, shingles, signature
 
-NGRAM = 5
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-BLOCK = 16384
-"""Shingles hashed at a time: the temporary is BLOCK · permutations · 4 bytes."""
-WORD = re.compile(r"\w+")
+_SETS_KEPT = 512
+"""Sets of 5-grams of candidates that are kept for the next comparison; others are made again."""
 
 
 @dataclass(frozen=True)
@@ -45,77 +42,54 @@ def exact_duplicates(documents: Sequence[Document]) -> list[Duplicate]:
     return found
 
 
-class Shingler:
-    """Turns texts into sets of hashed word 5-grams. Words are runs of letters, digits and underscores, in lower case.
-
-    Words are hashed once each (XXH3, 64 bits) and combined as a polynomial modulo 2^64. A text of fewer than five words is one shingle.
-    """
-
-    def __init__(self) -> None:
-        self._hashes: dict[str, int] = {}
-
-    def __call__(self, text: str) -> np.ndarray:
-        """Sorted, distinct uint64 shingles; empty for a text without words."""
-        words = WORD.findall(text.lower())
-        known = self._hashes
-        for word in set(words):
-            if word not in known:
-                known[word] = xxhash.xxh3_64_intdigest(word.encode())
-        hashes = np.fromiter((known[word] for word in words), np.uint64, len(words))
-        if not len(hashes):
-            return hashes
-        width = min(NGRAM, len(hashes))
-        shingles = np.zeros(len(hashes) - width + 1, np.uint64)
-        for offset in range(width):
-            shingles = shingles * MULTIPLIER + hashes[offset : offset + len(shingles)]
-        return np.unique(shingles)
-
-
-def jaccard(left: np.ndarray, right: np.ndarray) -> float:
-    """|A ∩ B| / |A ∪ B| of two sorted arrays of distinct values; 0 where both are empty."""
-    common = len(np.intersect1d(left, right, assume_unique=True))
-    union = len(left) + len(right) - common
-    return common / union if union else 0.0
-
-
-def signature(shingles: np.ndarray, permutations: int) -> MinHash:
-    """datasketch's MinHash over the high halves of the shingles (the product's low bits mix little)."""
-    result = MinHash(num_perm=permutations, hashfunc=int, scheme="affine32")
-    high = (shingles >> np.uint64(32)).tolist()
-    for begin in range(0, len(high), BLOCK):
-        result.update_batch(high[begin : begin + BLOCK])
-    return result
-
-
 def near_duplicates(
     documents: Sequence[Document], config: DeduplicationConfig, progress: Callable[[int], object] = lambda count: None
 ) -> list[Duplicate]:
     """Clusters of verified near-duplicates, less the first of each in the given order.
 
-    Clusters are the connected components of verified pairs, so they do not depend on the index's own order; whoever orders the documents
-    by source and id thereby says which copy stays.
+    Clusters are connected components of verified pairs; whoever orders the documents by source and id thereby says which copy stays. Two
+    candidates that are in one cluster already are not compared again.
 
     Args:
         progress: told the number of bytes after each document.
     """
-    shingler = Shingler()
-    index = MinHashLSH(num_perm=config.bands * config.rows, params=(config.bands, config.rows))
-    sets: list[np.ndarray] = []
-    parent = list(range(len(documents)))
-    best: dict[int, float] = {}
+    signatures = np.empty((len(documents), config.bands * config.rows), np.uint32)
+    wordless = np.zeros(len(documents), bool)
     for number, document in enumerate(documents):
-        sets.append(shingler(document.text))
-        if len(sets[number]):
-            sketch = signature(sets[number], config.bands * config.rows)
-            for other in sorted(index.query(sketch)):
-                similarity = jaccard(sets[other], sets[number])
-                if similarity >= config.threshold:
-                    best[number] = max(best.get(number, 0.0), similarity)
-                    best[other] = max(best.get(other, 0.0), similarity)
-                    _join(parent, other, number)
-            index.insert(number, sketch)
+        found = shingles(document.encoded)
+        wordless[number] = not len(found)
+        signatures[number] = signature(found, config.bands * config.rows)
         progress(len(document.encoded))
+
+    @lru_cache(_SETS_KEPT)
+    def distinct(number: int) -> np.ndarray:
+        return np.unique(shingles(documents[number].encoded))
+
+    parent, best = list(range(len(documents))), dict[int, float]()
+    refused = set[tuple[int, int]]()
+    for group in _sharing_a_band(signatures, np.flatnonzero(~wordless), config.bands):
+        for place, other in enumerate(group):
+            for one in group[:place]:
+                if _root(parent, one) == _root(parent, other) or (one, other) in refused:
+                    continue
+                similarity = jaccard(distinct(one), distinct(other))
+                if similarity < config.threshold:
+                    refused.add((one, other))
+                    continue
+                best[one], best[other] = max(best.get(one, 0.0), similarity), max(best.get(other, 0.0), similarity)
+                _join(parent, one, other)
     return [Duplicate(number, root, best[number]) for number in range(len(documents)) if (root := _root(parent, number)) != number]
+
+
+def _sharing_a_band(signatures: np.ndarray, numbers: np.ndarray, bands: int) -> Iterator[list[int]]:
+    """Groups of two and more of ``numbers`` whose signatures agree in a band; ascending within a group, groups in a fixed order."""
+    for band in np.split(signatures[numbers], bands, axis=1):
+        keys = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in np.ascontiguousarray(band)), np.uint64, len(numbers))
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
+        for members in np.split(order, starts[1:]):
+            if len(members) > 1:
+                yield numbers[members].tolist()
 
 
 def _root(parent: list[int], node: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from refractor_core.config.model import ModelConfig
+from refractor_core.config.model import ModelConfig, RopeConfig
 from refractor_core.model.layers import Linear, RMSNorm
 from refractor_core.model.rope import softmax_factor
 from refractor_core.parallel.collectives import gather
@@ -27,6 +27,9 @@ class _Attention(nn.Module):
         self.core = partial(attention, scale=scale, window=config.attention.sliding_window, backend=kernels)
         self.rotate = partial(rotary, interleaved=config.rope.interleaved, backend=kernels)
         self.recompute = recompute
+
+    def stretch(self, rope: RopeConfig) -> None:
+        """Follows another stretching of rotary positions; only latent attention's softmax depends on it."""
 
     def attend(self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """[B, S, H·E]."""
@@ -144,6 +147,11 @@ class LatentAttention(_Attention):
         self.kv_a_norm = norm(latent.kv_lora_rank)
         self.kv_b_proj = linear(latent.kv_lora_rank, heads * (latent.qk_nope_head_dim + latent.v_head_dim), rows=axis)
         self.o_proj = Linear(heads * latent.v_head_dim, config.hidden_size, std=residual_std, columns=axis, dtype=dtype, device=device)
+
+    def stretch(self, rope: RopeConfig) -> None:
+        """Takes the softmax factor of this stretching."""
+        width = self.latent.qk_nope_head_dim + self.latent.qk_rope_head_dim
+        self.core = partial(self.core, scale=width**-0.5 * softmax_factor(rope))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         latent, project = self.latent, self.split.project

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from refractor_core.config.model import ModelConfig
+from refractor_core.config.model import ModelConfig, RopeScalingConfig
 from refractor_core.model.attention import GroupedQueryAttention, LatentAttention
 from refractor_core.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from refractor_core.model.moe import MixtureOfExperts, routers
@@ -127,6 +127,15 @@ class Decoder(nn.Module):
 
     def _logits(self, hidden_BSD: Tensor) -> Tensor:
         return join(self.head(hidden_BSD), self.split.axis, -1)
+
+    def stretch(self, scaling: RopeScalingConfig | None) -> None:
+        """Runs with this stretching of rotary positions from now on, and ``config`` says so: a curriculum may change it between steps."""
+        if scaling == self.config.rope.scaling:
+            return
+        rope = self.config.rope.model_copy(update={"scaling": scaling})
+        self.config = self.config.model_copy(update={"rope": rope})
+        for layer in self.layers:
+            layer.attention.stretch(rope)
 
     def previous_counts(self) -> Tensor:
         """counts_LE int64: choices of the previous global batch, a row per layer with experts; zeros before the first step."""

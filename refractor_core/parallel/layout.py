@@ -1,7 +1,7 @@
 """Degrees of parallelism: one equation, one message when it does not hold."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from refractor_core.config.errors import ConfigError, Problem
 from refractor_core.config.parallel import ParallelConfig
@@ -30,11 +30,14 @@ class Layout:
         """Resolves ``data_shard: auto`` and checks both grids.
 
         Raises:
-            ConfigError: the degrees do not multiply to the world; the message prints every degree and the nearest worlds that fit.
+            ConfigError: a grid does not multiply to the world: see ``equation``.
         """
+        broken = equation(config, world_size)
+        if broken:
+            raise ConfigError([broken])
         fixed = config.pipeline * config.data_replicate * config.context * config.tensor
         shard = world_size // fixed if config.data_shard == "auto" else config.data_shard
-        layout = cls(
+        return cls(
             world_size,
             config.tensor,
             config.sequence,
@@ -43,16 +46,12 @@ class Layout:
             config.pipeline,
             config.virtual_pipeline,
             config.context,
-            max(shard, 1),
+            shard,
             config.data_replicate,
             config.schedule,
             config.stage_cuts,
             config.context_exchange,
         )
-        problems = layout._problems(auto=config.data_shard == "auto")
-        if problems:
-            raise ConfigError(problems)
-        return layout
 
     @property
     def data(self) -> int:
@@ -87,17 +86,45 @@ class Layout:
         shared = {"expert_replicate": copies, "expert_shard": grid["expert_data"] // copies}
         return {"pipeline": self.pipeline, **shared, "expert": self.expert, "expert_tensor": self.expert_tensor}
 
-    def _problems(self, auto: bool) -> list[Problem]:
-        found = []
-        product_of_degrees = math.prod(self.dense_grid.values())
-        if product_of_degrees != self.world_size:
-            unit = product_of_degrees // self.data_shard  # what data_shard: auto can be stretched by
-            below = self.world_size // unit * unit
-            near = str(product_of_degrees) if not auto else f"{below} or {below + unit}" if below else str(unit)
-            product = " × ".join(f"{name}={size}" for name, size in self.dense_grid.items())
-            expected = f"must multiply to the {self.world_size} ranks there are; start {near} ranks or change a degree"
-            found.append(Problem("parallel", product, expected))
-        if self.world_size % (self.pipeline * self.expert * self.expert_tensor):
-            product = f"pipeline={self.pipeline} × expert={self.expert} × expert_tensor={self.expert_tensor}"
-            found.append(Problem("parallel.expert", product, f"must divide the {self.world_size} ranks; the rest is expert_data"))
-        return found
+    def degrees(self) -> str:
+        """What is not the default, as the command line takes it."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "world_size"}
+        defaults = {field.name: field.default for field in fields(self)}
+        shown = {name: value for name, value in named.items() if value != defaults[name] and name != "stage_cuts"}
+        return ",".join(f"{name}={str(value).lower()}" for name, value in shown.items()) or "data_shard=1"
+
+    def describe(self) -> str:
+        """Every degree of both grids in a line."""
+        dense, expert = (" × ".join(f"{name}={size}" for name, size in grid.items()) for grid in (self.dense_grid, self.expert_grid))
+        return f"{dense} (experts: {expert})"
+
+
+def equation(config: ParallelConfig, world_size: int) -> Problem | None:
+    """Both grids multiply to the ranks there are; else the one message that prints every degree, and the numbers of ranks that would do."""
+    dense = {"pipeline": config.pipeline, "data_replicate": config.data_replicate, "data_shard": config.data_shard}
+    dense |= {"context": config.context, "tensor": config.tensor}
+    expert = {"pipeline": config.pipeline, "expert_data": "auto", "expert": config.expert, "expert_tensor": config.expert_tensor}
+    products = [math.prod(size for size in grid.values() if size != "auto") for grid in (dense, expert)]
+    auto = config.data_shard == "auto"
+    dense_fits = world_size % products[0] == 0 if auto else world_size == products[0]
+    if dense_fits and world_size % products[1] == 0:
+        return None
+    lines = ""
+    for kind, grid, found in (("dense grid ", dense, products[0]), ("expert grid", expert, products[1])):
+        degrees = " × ".join(f"{name}={size}" for name, size in grid.items())
+        lines += f"\n      {kind} {degrees}: {_verdict(found, 'auto' in grid.values(), world_size)}"
+    unit = math.lcm(*products)
+    if auto:
+        below = world_size // unit * unit
+        mend = f"start {below} or {below + unit} ranks" if below else f"start {unit} ranks"
+    else:
+        mend = f"start {products[0]} ranks" if unit == products[0] else "no number of ranks fits both"
+    told = ", ".join(f"{name}={size}" for name, size in (dense | expert).items() if size not in (1, "auto"))
+    return Problem("parallel", told, f"both grids must make the {world_size} ranks there are:{lines}\n    {mend}, or change a degree")
+
+
+def _verdict(found: int, auto: bool, world_size: int) -> str:
+    if auto:
+        rest, over = divmod(world_size, found)
+        return f"auto would be {world_size}/{found}" if over else f"auto is {rest}"
+    return f"{found}" + ("" if found == world_size else f", not {world_size}")

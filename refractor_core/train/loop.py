@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from refractor_core.checkpoint import Checkpoint, Damage, DamagedCheckpoint, write
 from refractor_core.config import ConfigError, Problem, RunConfig
+from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
@@ -179,12 +180,18 @@ def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
         if trained_on != dataset.sha256:
             told = f"holds dataset {dataset.sha256[:12]}, {checkpoint.path} was trained on {trained_on[:12]}; restore that one"
             raise ConfigError([Problem("data.dir", config.data.dir, f"{told}, or train into another run.dir")])
-        if checkpoint.state["batches_sha256"] != plan.fingerprint(step):
+        if checkpoint.state["batches_sha256"] != plan.fingerprint(step) or _rope_scalings(checkpoint.state) != config.rope_scalings(step):
             stages = [stage.model_dump() for stage in config.curriculum.stages]
             told = f"changes the {step} steps that {directory.path} has done; change later stages only, or train into another run.dir"
             raise ConfigError([Problem("curriculum.stages", stages, told)])
         break
     return plan
+
+
+def _rope_scalings(state: dict) -> list[tuple[int, RopeScalingConfig | None]]:
+    """How rotary positions were stretched in the steps that a checkpoint has behind it."""
+    told = state.get("rope_scalings", [[0, state["model"]["rope"]["scaling"]]])  # a run from before stages had any
+    return [(first, scaling and RopeScalingConfig.model_validate(scaling)) for first, scaling in told]
 
 
 def _put_aside(damages: list[Damage], directory: Path) -> None:

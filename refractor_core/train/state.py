@@ -76,14 +76,15 @@ class TrainState:
         return self.engine.state() + (self.ema.state() if self.ema is not None else [])
 
     def figures(self, config: RunConfig, plan: BatchPlan) -> dict:
-        """The JSON-able rest; with the model's config a checkpoint can be read without its run."""
+        """The JSON-able rest; with the config of the model as the last step ran it, a checkpoint can be read without its run."""
         return {
             "step": self.step,
             "tokens": self.tokens,
             "skipped_in_row": self.skipped_in_row,
             "planned_steps": self.planned_steps,
             "scaler": self.scaler.state(),
-            "model": config.model.model_dump(mode="json"),
+            "model": config.model_at(max(self.step - 1, 0)).model_dump(mode="json"),
+            "rope_scalings": [[first, scaling and scaling.model_dump(mode="json")] for first, scaling in config.rope_scalings(self.step)],
             "dataset_sha256": plan.dataset.sha256,
             "batches_sha256": plan.fingerprint(self.step),
         }

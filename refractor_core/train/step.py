@@ -64,6 +64,7 @@ class Stepper:
             request: this rank's wish, told to all with the step's figures.
         """
         state, config = self._state, self._config
+        state.model.stretch(config.model_at(state.step).rope.scaling)
         losses, routers = self._backward(batch)
         scale = state.scaler.scale
         norm = state.engine.finish(math.nan if config.faults.nonfinite_at_step == state.step else scale)

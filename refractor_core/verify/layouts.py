@@ -16,9 +16,9 @@ import torch
 from refractor_core.config import ConfigError, Problem, RunConfig, load_run
 from refractor_core.config.parallel import ParallelConfig
 from refractor_core.config.rules import RULES, check, only_data_parallelism
-from refractor_core.config.splitting import SPLITTING
 from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
+from refractor_core.parallel.legality import layout_fits
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
 from refractor_core.verify.pool import run_layouts
@@ -151,7 +151,7 @@ def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]
             problems += [replace(problem, where=f"--layout {text}") for problem in error.problems]
             continue
         split = config.model_copy(update={"parallel": parallel})
-        wrong = check(split, layout.world_size, rules=(*WITHOUT_LAYOUT, *SPLITTING))
+        wrong = check(split, layout.world_size, rules=(*WITHOUT_LAYOUT, layout_fits))
         problems += [replace(problem, where=f"--layout {text}") for problem in wrong]
         found.append((text, layout))
     if problems:

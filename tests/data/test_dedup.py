@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from datasketch import MinHash
 
 from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data import dedup
-from refractor_core.data.dedup import Shingler, exact_duplicates, jaccard, near_duplicates, signature
+from refractor_core.data.dedup import exact_duplicates, near_duplicates
 from refractor_core.data.documents import Document
 from tests.data.corpora import words
 
@@ -81,21 +80,3 @@ def test_exact_duplicates_ignore_white_space_only() -> None:
     texts = ["a b", "a  b\n", "A b", "b a", " a\tb"]
     found = exact_duplicates([document(number, text) for number, text in enumerate(texts)])
     assert [(duplicate.removed, duplicate.kept) for duplicate in found] == [(1, 0), (4, 0)]
-
-
-def test_signatures_are_datasketchs_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dedup, "BLOCK", 7)
-    shingles = Shingler()(words(3, 100))
-    whole = MinHash(num_perm=64, hashfunc=int, scheme="affine32")
-    whole.update_batch([int(shingle) >> 32 for shingle in shingles])
-    assert np.array_equal(signature(shingles, 64).hashvalues, whole.hashvalues)
-
-
-def test_signatures_estimate_the_similarity() -> None:
-    """Mean error of the estimate over 40 pairs with 120 permutations; one pair's standard deviation is about 0.04."""
-    shingler, errors = Shingler(), []
-    for number in range(40):
-        original = words(number, 400)
-        left, right = shingler(original), shingler(edited(original, number, number))
-        errors.append(signature(left, 120).jaccard(signature(right, 120)) - jaccard(left, right))
-    assert abs(np.mean(errors)) < 0.03 and np.std(errors) < 0.08

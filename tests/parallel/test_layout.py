@@ -21,7 +21,7 @@ def test_every_axis_partitions_the_world(tensor, context, pipeline, replicate, e
     degrees = dict(tensor=tensor, context=context, pipeline=pipeline, data_replicate=replicate)
     config = ParallelConfig(**degrees, expert=expert, expert_tensor=expert_tensor)
     if world % (pipeline * expert * expert_tensor):
-        with pytest.raises(ConfigError, match="parallel.expert"):
+        with pytest.raises(ConfigError, match=f"expert grid .* expert={expert} .*: auto would be"):
             Layout.from_config(config, world)
         return
     layout = Layout.from_config(config, world)
@@ -50,8 +50,23 @@ def test_tensor_ranks_are_neighbours_and_pipeline_ranks_far_apart():
 def test_a_world_that_does_not_fit_names_the_nearest(world, told):
     with pytest.raises(ConfigError, match=f"start {told} ranks") as caught:
         Layout.from_config(ParallelConfig(tensor=2), world)
-    for name in ("pipeline=1", "data_replicate=1", "context=1", "tensor=2"):
+    for name in (
+        "pipeline=1",
+        "data_replicate=1",
+        "data_shard=auto",
+        "context=1",
+        "tensor=2",
+        "expert_data=auto",
+        "expert=1",
+        "expert_tensor=1",
+    ):
         assert name in str(caught.value)
+    assert str(caught.value).startswith("1 mistake")
+
+
+def test_no_number_of_ranks_is_named_where_none_fits():
+    with pytest.raises(ConfigError, match="no number of ranks fits both"):
+        Layout.from_config(ParallelConfig(tensor=2, data_shard=2, expert=3), 6)
 
 
 def test_a_fixed_shard_degree_must_fit_exactly():
@@ -84,3 +99,23 @@ def test_groups_reach_exactly_the_ranks_they_name(ranks):
     for found in ranks(8, _groups, ParallelConfig(tensor=2, data_replicate=2, expert=4), 8):
         assert all(reached == named for reached, named in found.values())
         assert found["world"][0] == 255.0
+
+
+@pytest.mark.parametrize("rank", [0, 517, 1023])
+def test_a_thousand_ranks_need_a_group_per_axis_each(rank):
+    """On torch's fake process group: the groups of one rank, not of the world."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    degrees = {"tensor": 8, "pipeline": 8, "context": 2, "data_shard": 4, "data_replicate": 2, "expert": 8, "expert_tensor": 2}
+    dist.init_process_group("fake", rank=rank, world_size=1024, store=FakeStore())
+    try:
+        mesh = Mesh.create(Layout(1024, **degrees), rank)
+        groups = {id(axis.group) for axis in mesh.axes.values() if axis.group is not None}
+        assert len(groups) <= len(mesh.axes)
+        for axis in mesh.axes.values():
+            assert axis.ranks[axis.rank] == rank and (axis.group is None) == (axis.size == 1)
+            if axis.group is not None:
+                assert dist.get_process_group_ranks(axis.group) == list(axis.ranks)
+    finally:
+        dist.destroy_process_group()
