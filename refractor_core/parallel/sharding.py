@@ -44,11 +44,11 @@ class ShardSpec:
 
     @property
     def reduced_over(self) -> tuple[str, str]:
-        """Names of the two mesh axes over which the tensor's gradient is summed, the one rule for every parameter: the ranks that divide its
-        sum and its optimizer state among them, and the copies of these.
+        """Names of the two mesh axes over which the tensor's gradient is summed, the one rule for every parameter: the ranks that divide
+        its sum and its optimizer state among them, and the copies of these.
 
-        Experts see the tokens of all ranks of their block, so the other blocks are missing: together ``expert_data``. A dense tensor sees the
-        tokens of its own data and context rank: ``data_context``; if its tensor ranks' gradients are partial, these too: ``dense``.
+        Experts see the tokens of all ranks of their block, so the other blocks are missing: together ``expert_data``. A dense tensor sees
+        the tokens of its own data and context rank: ``data_context``; if its tensor ranks' gradients are partial, these too: ``dense``.
         """
         if self.expert:
             return "expert_shard", "expert_replicate"
