@@ -32,7 +32,8 @@ MODELS = {
         "batch__activation_checkpointing": "full", **{f"model__moe__{key}": value for key, value in ROUTING.items()},
     },
     "dense-window": {
-        "model__num_layers": 4, "model__moe": None, "model__attention": {"sliding_window": 5}, "batch__activation_checkpointing": "selective",
+        "model__num_layers": 4, "model__moe": None, "model__attention": {"sliding_window": 5},
+        "batch__activation_checkpointing": "selective",
     },
 }  # fmt: skip
 """Changes of the document in ``tests/distributed/documents.py``. Every layout can have one of the first two, which have most in them."""
