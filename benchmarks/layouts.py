@@ -1,8 +1,8 @@
 """Every legal layout of up to eight ranks, in float64, against one process: loss and every parameter's gradient.
 
-The lattice is ``refractor verify layouts --lattice``'s, over the tests' small models: every layout runs with the richest model that can
-have it (grouped queries, packed documents, capacity, tied embeddings, every router objective), and a cover of all pairs of choices runs with
-the others. Results are kept as they come; started again, it goes on from there.
+The lattice is that of ``refractor verify layouts --lattice``, over the tests' small models: every layout runs with the richest model that
+can have it (grouped queries, packed documents, capacity, tied embeddings, every router objective), and a cover of all pairs of choices runs
+with the others. Results are kept as they come; started again, it goes on from there.
 
 usage: PYTHONPATH=.:kernels python benchmarks/layouts.py [--ranks 8] [--record results/layouts.jsonl]
 """
