@@ -29,7 +29,7 @@ class ShardSpec:
         blocks: dimension → sizes of the fused sub-blocks along it, each split by itself; they add up to the dimension.
         expert: the tensor lives on the expert grid.
         partial: tensor ranks that hold the same piece use it on different tokens or heads, so that their gradients are terms of a sum.
-        ends: first and last pipeline rank both hold the tensor (a tied embedding), and their gradients are terms of a sum too.
+        ends: first and last pipeline rank hold the tensor under one name, so that their gradients are terms of a sum too.
 
     Raises:
         ValueError: a dimension or block does not divide over its axes, or blocks do not add up.
