@@ -5,6 +5,7 @@ import signal
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,13 +16,12 @@ from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
-from refractor_core.parallel.segments import Saved
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.flops import active_matrix_parameters, flops_per_token, peak_flops
 from refractor_core.train.records import Records
 from refractor_core.train.requests import Request, Requests
 from refractor_core.train.runtime import Runtime
-from refractor_core.train.state import DTYPES, TrainState
+from refractor_core.train.state import DTYPES, TrainState, given_weights, refuse_misfit
 from refractor_core.train.step import Stepper
 
 
@@ -105,9 +105,8 @@ class Trainer:
         if self.records:
             self.records.sync()
         try:
-            figures = state.figures(self.config, self.plan)
-            held = [Saved.whole(name, tensor) for name, tensor in state.tensors(self.runtime.place.rank).items()]
-            path = write(self.directory.checkpoints, state.step, held, figures, self.runtime.world)
+            figures = state.figures(self.config, self.plan) | {"layout": asdict(self.runtime.mesh.layout)}
+            path = write(self.directory.checkpoints, state.step, state.saved(self.runtime.place.rank), figures, self.runtime.world)
         except OSError as error:
             if must:
                 raise
@@ -186,7 +185,11 @@ def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
             stages = [stage.model_dump() for stage in config.curriculum.stages]
             told = f"changes the {step} steps that {directory.path} has done; change later stages only, or train into another run.dir"
             raise ConfigError([Problem("curriculum.stages", stages, told)])
+        refuse_misfit(checkpoint, config)
         break
+    else:
+        if config.run.initial_weights is not None:
+            given_weights(config.run.initial_weights, config.model)
     return plan
 
 

@@ -1,20 +1,19 @@
 """Everything that a resumed run must have back, bit for bit."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from refractor_core.checkpoint import Checkpoint
-from refractor_core.checkpoint.model import load_model
+from refractor_core.checkpoint.model import Weights, shapes
 from refractor_core.config import RunConfig
+from refractor_core.config.model import ModelConfig
 from refractor_core.data import BatchPlan
 from refractor_core.model.decoder import Decoder
 from refractor_core.optim.ema import Ema
 from refractor_core.optim.scaler import LossScaler
-from refractor_core.parallel.extent import Extent, copy_overlap
 from refractor_core.parallel.segments import Saved
 from refractor_core.parallel.sharding import main_dtype
 from refractor_core.train.engine import Engine, Zero1, initial_values
@@ -67,7 +66,7 @@ class TrainState:
     def saved(self, rank: int) -> list[Saved]:
         """All that this rank holds: the tensors themselves, but of its random state a copy."""
         found = self._kept() + [Saved.whole(f"rng.{rank}.cpu", torch.get_rng_state())]
-        if torch.cuda.is_initialized():
+        if next(self.model.parameters()).device.type == "cuda":
             found.append(Saved.whole(f"rng.{rank}.cuda", torch.cuda.get_rng_state()))
         return found
 
@@ -85,7 +84,6 @@ class TrainState:
             "scaler": self.scaler.state(),
             "optimizer": config.optimizer.kind,
             "precision": config.precision.compute,
-            "layout": self.layout.degrees(),
             "model": config.model_at(max(self.step - 1, 0)).model_dump(mode="json"),
             "rope_scalings": [[first, scaling and scaling.model_dump(mode="json")] for first, scaling in config.rope_scalings(self.step)],
             "dataset_sha256": plan.dataset.sha256,
