@@ -1,13 +1,20 @@
 """A checkpoint of any layout goes on in any other: every tensor the same bit for bit, and the next steps the same in float64."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+from refractor_core import load_model
 from refractor_core.checkpoint import Checkpoint
+from refractor_core.checkpoint import write as save
+from refractor_core.config import load_run
+from refractor_core.model.hub import export_hub
 from refractor_core.parallel.extent import Extent
 from refractor_core.parallel.sharding import ShardSpec
+from refractor_core.train.state import TrainState
+from refractor_core.verify.layouts import WITHOUT_LAYOUT
 from tests.distributed import travel
 from tests.distributed.documents import write
 from tests.distributed.travel import layout
@@ -87,3 +94,23 @@ def test_a_fused_piece_that_is_taken_for_one_block_is_seen(ranks, tmp_path):
     told = ranks(2, _travel_without_blocks, write(tmp_path), CHANGES, tmp_path, layouts, [("tensor", "one")])[0]
     with pytest.raises(AssertionError, match="loss or norm off"):
         _assert_same(tmp_path, told, [("tensor", "one")])
+
+
+def test_a_split_run_begins_from_a_checkpoint_or_a_hub_directory(ranks, tmp_path):
+    """Masters and averages are the given weights; the optimizer begins anew."""
+    plain = ["model.moe.num_shared_experts=0", "model.moe.first_dense_layers=0", "model.moe.bias_update_rate=null"]
+    document, changes = write(tmp_path), [*CHANGES, *plain]
+    with travel.joined(tmp_path, LAYOUTS["one"], 0) as runtime:
+        config = load_run(document, changes, between_keys=WITHOUT_LAYOUT)
+        state = TrainState.fresh(config, runtime)
+        given = Path(save(tmp_path / "given", 0, state.saved(0), travel.figures(state, config), runtime.world))
+    export_hub(load_model(given, torch.float64), tmp_path / "hub")
+    sources = {"from-checkpoint": str(given), "from-hub": str(tmp_path / "hub")}
+    ranks(4, travel.begin, document, [*changes, "run.seed=99"], tmp_path, LAYOUTS["mixed"], sources)
+    weights = Checkpoint(given).tensors("master.")
+    for name in sources:
+        begun = Checkpoint.listed(tmp_path / name)[0]
+        for family in ("master.", "ema."):
+            held = {key: tensor for key, tensor in begun.tensors(family).items() if key != "updates"}
+            assert held.keys() == weights.keys() and all(torch.equal(held[key], weights[key]) for key in held)
+        assert not any(t.any() for t in begun.tensors("optimizer.").values())

@@ -121,3 +121,13 @@ def travel(rank: int, document: str, changes: list[str], folder: Path, layouts: 
                 for source in sources:
                     told[source, name] = load(config, runtime, folder / source, folder / f"{source}-{name}")
     return told
+
+
+def begin(rank: int, document: str, changes: list[str], folder: Path, layout: Layout, sources: dict[str, str]) -> None:
+    """Every rank's part: begins a run from each source's weights and saves it at once, under the source's name."""
+    dist.destroy_process_group()
+    with joined(folder / "meeting", layout, rank) as runtime:
+        for name, source in sources.items():
+            config = load_run(document, [*changes, f"run.initial_weights={source}"], between_keys=WITHOUT_LAYOUT)
+            state = TrainState.fresh(config, runtime)
+            write(folder / name, 0, state.saved(rank), figures(state, config), runtime.world)
