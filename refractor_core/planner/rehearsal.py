@@ -27,6 +27,7 @@ from refractor_core.model.moe import Experts
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
 from refractor_core.optim.ema import Ema
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.train.engine import Zero1
@@ -184,7 +185,7 @@ def _step(config: RunConfig, mesh: Mesh, given: Assumptions, counted: _Bytes) ->
         with counted.doing(f"forward of micro batch {i}"):
             output = model(micro.tokens_BS, micro.cu_seqlens)
             head, axis = model.head.weight, mesh.axis("tensor")
-            loss = language_model_loss(output, micro.labels_BS, head, micro.loss_tokens, kernels, axis)
+            loss = language_model_loss(output, ContextSplit.of(mesh).own(micro.labels_BS), head, micro.loss_tokens, kernels, axis)
             loss = loss + losses(output.routers, micro.sequences, given.sequence_length, config.run.steps)[1].to(loss)
             del output
         with counted.doing(f"backward of micro batch {i}"):

@@ -143,4 +143,6 @@ def scale_auxiliary_gradients_by_context(model, mesh):
 
 def reduce_gradients_over_data_only(model, mesh):
     """Context ranks keep their own tokens' gradients."""
-    sharding.ShardSpec.reduced_over = property(lambda self: "expert_data" if self.expert else "data")
+    sharding.ShardSpec.reduced_over = property(
+        lambda self: ("expert_shard", "expert_replicate") if self.expert else ("data_shard", "data_replicate")
+    )
