@@ -8,6 +8,7 @@ stays float64. Bad arguments raise a ``ValueError`` that names the argument.
 This package imports nothing but torch (and, where installed, triton).
 """
 
+from refractor_kernels import gpu  # noqa: F401 — registers its kernels with the families that it imports
 from refractor_kernels.attention import attention, attention_with_lse
 from refractor_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_partials
 from refractor_kernels.dispatch import backends, explain
@@ -15,6 +16,7 @@ from refractor_kernels.experts import experts
 from refractor_kernels.norm import rms_norm, rms_norm_residual
 from refractor_kernels.rotary import rotary
 from refractor_kernels.routing import route
+from refractor_kernels.span_attention import span_attention, span_attention_backward
 from refractor_kernels.swiglu import swiglu
 
 __all__ = [
@@ -29,5 +31,7 @@ __all__ = [
     "rms_norm_residual",
     "rotary",
     "route",
+    "span_attention",
+    "span_attention_backward",
     "swiglu",
 ]

@@ -171,9 +171,12 @@ def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
         "tensor": (dense, ("tensor",)),
         "expert": (expert, ("expert",)),
         "expert_tensor": (expert, ("expert_tensor",)),
+        "context": (dense, ("context",)),
         "data": (dense, data),
         "expert_data": (expert, ("expert_data",)),
         "data × tensor": (dense, (*data, "tensor")),
+        "data × context": (dense, (*data, "context")),
+        "context × tensor": (dense, ("context", "tensor")),
     }
     found = {name: partition(grid, axes) for name, (grid, axes) in along.items()}
     return {name: groups for name, groups in found.items() if len(groups[0]) > 1}

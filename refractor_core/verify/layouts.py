@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -124,12 +125,13 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
             close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
             mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
             problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
-        elif name == "sequence" and value in ("true", "false"):
-            values[name] = value == "true"
-        elif name != "sequence" and value.isdecimal() and int(value) > 0:
-            values[name] = int(value)
+        elif words := _words(name):
+            values[name] = words.get(value)
+            told = f"expected {' or '.join(words)}"
         else:
-            told = "expected true or false" if name == "sequence" else "expected a whole number above 0"
+            values[name] = int(value) if value.isdecimal() and int(value) > 0 else None
+            told = "expected a whole number above 0"
+        if name in values and values[name] is None:
             problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
     if problems:
         raise ConfigError(problems)
@@ -139,6 +141,12 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
         return config, Layout.from_config(config, dense * config.data_shard)
     expert = config.pipeline * config.expert * config.expert_tensor
     return config, Layout.from_config(config, math.lcm(dense, expert))
+
+
+def _words(name: str) -> dict[str, object]:
+    """The values of a degree that is chosen by a word; empty where it is a number."""
+    kind = ParallelConfig.model_fields[name].annotation
+    return {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind) if isinstance(word, str)}
 
 
 def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]]:
