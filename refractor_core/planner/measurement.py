@@ -4,9 +4,7 @@ On a CPU the figures are PyTorch's own allocator's, from the profiler: every all
 GPU they are the caching allocator's.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.autograd.profiler import profile, record_function
@@ -24,32 +22,22 @@ from refractor_core.train.state import DTYPES
 _STEP = "the step that is measured"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Peak bytes alive during a step, and the seconds of another step without the profiler."""
+def measured_step(config: RunConfig, mesh: Mesh, given: Assumptions, device: torch.device) -> tuple[int, Callable[[], None]]:
+    """Builds this rank and does a step on random tokens; collective over the mesh.
 
-    peak: int
-    seconds: float
-
-
-def measure(config: RunConfig, mesh: Mesh, given: Assumptions, device: torch.device, repeats: int = 1) -> Measured:
-    """Builds this rank and does steps on random tokens, one under the profiler and some on the clock; collective over the mesh.
-
-    Args:
-        repeats: steps on the clock; the shortest counts.
+    Returns:
+        The most bytes that were alive during the step, and a function that does another one.
     """
     if device.type == "cuda":
         step = _prepared(config, mesh, given, device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        with profile(use_cpu=True, use_kineto=True, profile_memory=True) as found:
-            step = _prepared(config, mesh, given, device)
-            with record_function(_STEP):
-                step()
-        peak = _peak(found)
-    return Measured(peak, min(_seconds(step, device) for _ in range(repeats)))
+        return torch.cuda.max_memory_allocated(device), step
+    with profile(use_cpu=True, use_kineto=True, profile_memory=True) as found:
+        step = _prepared(config, mesh, given, device)
+        with record_function(_STEP):
+            step()
+    return _peak(found), step
 
 
 def _prepared(config: RunConfig, mesh: Mesh, given: Assumptions, device: torch.device) -> Callable[[], None]:
@@ -96,11 +84,3 @@ def _peak(found: profile) -> int:
         if begin <= at <= end:
             most = max(most, alive)
     return most
-
-
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    begin = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
