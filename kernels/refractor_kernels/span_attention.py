@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refractor_kernels import check
+from refractor_kernels import check, fakes
 from refractor_kernels.dispatch import Op
 
 _TILE = 1 << 16  # elements; well within a CPU core's cache, measured fastest
@@ -75,7 +75,14 @@ class _Tiles:
         return x_NKW.unflatten(0, (self.batch, self.groups)).transpose(1, 2)
 
     def __iter__(self) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-        """(queries, their blocks of keys that any of them sees, each with whether all of them see all of it)."""
+        """(queries, their blocks of keys that any of them sees, each with whether all of them see all of it).
+
+        Without values one tile stands for all: it holds as much as any.
+        """
+        if check.without_values(self.first_BS1):
+            if self.queries and self.keys:
+                yield slice(0, min(self.rows, self.queries)), [(slice(0, min(_TILE_KEYS, self.keys)), False)]
+            return
         starts = torch.arange(0, self.keys, _TILE_KEYS, device=self.first_BS1.device)
         ends = (starts + _TILE_KEYS).clamp(max=self.keys)
         for begin in range(0, self.queries, self.rows):
@@ -157,8 +164,8 @@ def reference_backward(
     return tiles.back(grad_q), tiles.back_by_key(grad_k), tiles.back_by_key(grad_v)
 
 
-_SPAN_ATTENTION = Op("span_attention", reference)
-_SPAN_ATTENTION_BACKWARD = Op("span_attention_backward", reference_backward)
+_SPAN_ATTENTION = Op("span_attention", reference, fakes.span_attention)
+_SPAN_ATTENTION_BACKWARD = Op("span_attention_backward", reference_backward, fakes.span_attention_backward)
 
 
 class _SpanAttention(torch.autograd.Function):

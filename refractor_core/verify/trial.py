@@ -33,6 +33,7 @@ class Trial:
         config: the run, with every router objective on.
         batch: the global batch.
         dtype: of the model.
+        rounded: weights have values of this format; None: of ``dtype``.
         routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
     """
 
@@ -40,6 +41,7 @@ class Trial:
     batch: Batch
     dtype: torch.dtype
     routing: dict[int, Tensor] | None = None
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ def _model(trial: Trial, mesh: Mesh) -> Decoder:
     recompute = config.batch.activation_checkpointing
     model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
     initialise(model, config.run.seed)
+    if trial.rounded is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.to(trial.rounded))
     for router in routers(model):  # as if training had been under way: a bias that sways the choice, counts that are not uniform
         if router.expert_bias_E is not None:
             router.expert_bias_E.copy_(torch.linspace(-0.02, 0.02, len(router.expert_bias_E)))
