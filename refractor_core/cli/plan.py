@@ -63,7 +63,8 @@ def _memory(args: argparse.Namespace) -> int:
 def _memory_table(told: dict) -> str:
     """GiB, two places."""
     gib = lambda size: f"{size / (1 << 30):.2f}"  # noqa: E731
-    degrees = ", ".join(f"{name}={value}" for name, value in told["layout"].items() if value not in (1, False, None, "1f1b", "ring"))
+    plain = {**dict.fromkeys(told["layout"], 1), "sequence": False, "schedule": "1f1b", "stage_cuts": None, "context_exchange": "ring"}
+    degrees = ", ".join(f"{name}={value}" for name, value in told["layout"].items() if value != plain[name])
     batch = f"micro batches of {told['micro_batch_size']} × {told['sequence_length']} tokens, {told['micro_batches']} a step"
     lines = [f"{told['world_size']} ranks{': ' if degrees else ''}{degrees}", batch, ""]
     parts = ("parameters", "gradients", "optimizer", "activations", "temporary")

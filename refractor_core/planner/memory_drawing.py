@@ -10,7 +10,7 @@ PARTS = {
     "temporary": "temporary",
 }
 """Keys of a group in the order of the bar, and their names in the legend."""
-ROW, GAP, TOP, LEFT, RIGHT, FOOT, CHART = 30, 12, 74, 130, 250, 74, 720
+ROW, GAP, TOP, LEFT, RIGHT, FOOT, CHART = 30, 12, 74, 130, 400, 74, 720
 """Pixels: height of a bar and the gap below it; margins; width of the chart."""
 STYLE = """
 svg { --ink: #1b2430; --muted: #5c6675; --line: #c9d0d8; --card: #ffffff; --limit: #b3261e;

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree
 
@@ -116,14 +117,23 @@ def _world(size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Bytes(MemTracker):
-    """Bytes alive, and in which phase of a step they are most.
+class _NoModules(ModTracker):
+    """Tells no modules apart. Torch's own tracker of modules refuses a second micro batch while one is under way, as in a pipeline, and its
+    hooks keep a stage's received inputs for good."""
 
-    Modules are not told apart: where several micro batches of a module are under way, as in a pipeline, the tracker refuses to.
-    """
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _Bytes(MemTracker):
+    """Bytes alive, and in which phase of a step they are most."""
 
     def __init__(self, device: Device):
         super().__init__()
+        self._mod_tracker = _NoModules()
         self.device = torch.device("cpu" if device == "cpu" else "meta")
         self.largest_transfer = 0
         self._phases: list[tuple[str, int, int]] = []
@@ -152,14 +162,6 @@ class _Bytes(MemTracker):
             moved = _bytes(t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             self.largest_transfer = max(self.largest_transfer, moved)
         return out
-
-    def _pre_fw_hook(self, module: nn.Module, inputs: object) -> None: ...
-
-    def _post_fw_hook(self, module: nn.Module, inputs: object, outputs: object) -> None: ...
-
-    def _pre_bw_hook(self, module: nn.Module, args: object) -> None: ...
-
-    def _post_bw_hook(self, module: nn.Module, args: object) -> None: ...
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
