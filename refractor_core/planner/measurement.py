@@ -53,7 +53,7 @@ def _prepared(config: RunConfig, mesh: Mesh, given: Assumptions, device: torch.d
     engine = Zero1(model, mesh, config.optimizer)
     engine.load(initial_values(model, config.run.seed))
     average = Ema(engine.masters(), config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
-    passes = Passes(model, mesh, config, [engine], config.run.steps)
+    passes = Passes(model, mesh, config, engine, config.run.steps)
     batch = _batch(config, mesh, given).to(device)
 
     def step() -> None:

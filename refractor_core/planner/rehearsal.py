@@ -211,7 +211,7 @@ def _step(config: RunConfig, mesh: Mesh, given: Assumptions, counted: _Bytes) ->
     def before(action: Action) -> None:
         counted.begin(f"{NAMES[action.kind]}{f' of stage {action.stage}' if several else ''}, micro batch {action.micro_batch}")
 
-    Passes(model, mesh, config, [engine], config.run.steps)(batch, config.run.steps, before=before)
+    Passes(model, mesh, config, engine, config.run.steps)(batch, config.run.steps, before=before)
     counted.begin("reduction of gradients")
     engine.finish(1.0)
     phase, held, peak = counted.highest()
