@@ -20,6 +20,7 @@ from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.sharding import initialise
+from refractor_core.verify.activations import Activations
 
 Prepare = Callable[[Decoder, Mesh], None]
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
@@ -63,6 +64,7 @@ class Outcome:
         norm: of the whole gradient.
         routing: experts chosen, by layer, [B, S, K] of this rank's tokens.
         changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+        squares: of the modules' outputs, see ``Activations``.
     """
 
     loss: float
@@ -71,6 +73,7 @@ class Outcome:
     norm: float
     routing: dict[int, Tensor]
     changed: float
+    squares: dict[str, float]
 
 
 def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outcome:
@@ -84,6 +87,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     if prepare is not None:
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
+    activations = Activations(model, mesh)
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
     losses = RouterLosses(config.objectives, config.run.steps)
     previous = model.previous_counts() if config.objectives.load_balance.scope == "global" else None
@@ -110,7 +114,8 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for name, p in model.named_parameters()}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
-    return Outcome(total, mesh.axis("data_context").rank, pieces, gradient_norm(model, mesh).item(), routing, changed)
+    norm = gradient_norm(model, mesh).item()
+    return Outcome(total, mesh.axis("data_context").rank, pieces, norm, routing, changed, activations.squares)
 
 
 def _model(trial: Trial, mesh: Mesh) -> Decoder:
