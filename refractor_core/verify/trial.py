@@ -17,8 +17,9 @@ from refractor_core.model.router import Router
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
 from refractor_core.parallel.context import ContextSplit
-from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
+from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.sharding import initialise
 from refractor_core.verify.activations import Activations
 
@@ -91,15 +92,13 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
     losses = RouterLosses(config.objectives, config.run.steps)
     previous = model.previous_counts() if config.objectives.load_balance.scope == "global" else None
-    buffers = gradient_buffers(model, mesh)
-    for buffer in buffers:
-        buffer.begin()
+    buffers = GradientBuffers(model.named_parameters(), mesh)
+    buffers.begin()
     total, first, length, context = 0.0, 0, batch.tokens_BS.shape[1], ContextSplit.of(mesh)
     size = config.batch.micro_batch_size
     for micro in batch.micro_batches(size):
         if first + size >= len(batch.tokens_BS):
-            for buffer in buffers:
-                buffer.last_micro_batch()
+            buffers.last_micro_batch()
         for follower in followers:
             follower.first = first
         output = model(micro.tokens_BS, micro.cu_seqlens)
@@ -109,12 +108,11 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         objectives = losses(output.routers, batch.sequences, length, config.run.steps, previous)[1].to(loss)
         (loss + objectives).backward()
         total, first = total + (loss + objectives / context.axis.size).item(), first + size
-    for buffer in buffers:
-        buffer.finish()
+    norm = gradient_norm(buffers.finish(), mesh).item()
+    buffers.gather_gradients()
     pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for name, p in model.named_parameters()}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
-    norm = gradient_norm(model, mesh).item()
     return Outcome(total, mesh.axis("data_context").rank, pieces, norm, routing, changed, activations.squares)
 
 

@@ -10,28 +10,28 @@ from refractor_core.config.model import AttentionConfig, ModelConfig, MoeConfig
 from refractor_core.model.decoder import Decoder
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.parallel.context import ContextSplit
-from refractor_core.parallel.gradients import gradient_buffers
+from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.sharding import initialise
 
 MODEL = ModelConfig(
-    vocab_size=256, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, init_std=0.2, attention=AttentionConfig(qk_norm="head"),
-    moe=MoeConfig(num_experts=4, top_k=2, expert_hidden_size=16, first_dense_layers=1),
+    vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, init_std=0.2, attention=AttentionConfig(qk_norm="head"),
+    moe=MoeConfig(num_experts=4, top_k=2, expert_hidden_size=16),
 )  # fmt: skip
-"""A dense layer and one with experts."""
+"""One layer, with experts."""
 
 
 def step(rank: int, tokens: int, layout: Layout) -> dict[str, float]:
-    """One rank's figures: its share of the loss, seconds, and the most memory that the process ever held, with torch's own share."""
+    """One rank's figures: its share of the loss, the gradient norm, seconds, and the most memory that the process ever held, with torch's own share."""
     before = _peak_gib()
     mesh = Mesh.create(layout, rank)
     model = Decoder(MODEL, mesh=mesh)
     initialise(model, 0)
-    buffers = gradient_buffers(model, mesh)
-    for buffer in buffers:
-        buffer.begin()
-        buffer.last_micro_batch()
+    buffers = GradientBuffers(model.named_parameters(), mesh)
+    buffers.begin()
+    buffers.last_micro_batch()
     tokens_BS = torch.randint(MODEL.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     labels_BS = tokens_BS.roll(-1, 1)
     start = time.perf_counter()
@@ -39,12 +39,10 @@ def step(rank: int, tokens: int, layout: Layout) -> dict[str, float]:
     loss = language_model_loss(output, ContextSplit.of(mesh).own(labels_BS), model.head.weight, tokens)
     forward = time.perf_counter() - start
     (loss + 1e-3 * output.routers[0].z_loss / tokens).backward()
-    for buffer in buffers:
-        buffer.finish()
-    finite = all(p.main_grad.isfinite().all() for p in model.parameters())
+    norm = gradient_norm(buffers.finish(), mesh).item()
     seconds = {"forward_seconds": round(forward, 1), "step_seconds": round(time.perf_counter() - start, 1)}
     memory = {"peak_gib": round(_peak_gib(), 3), "peak_gib_before": round(before, 3)}
-    return {"loss": loss.item(), "finite": finite, **seconds, **memory}
+    return {"loss": loss.item(), "grad_norm": norm, **seconds, **memory}
 
 
 def _peak_gib() -> float:
