@@ -24,7 +24,7 @@ MODEL = ModelConfig(
 
 
 def step(rank: int, tokens: int, layout: Layout) -> dict[str, float]:
-    """One rank's figures: its share of the loss, the gradient norm, seconds, and the most memory that the process ever held, with torch's own share."""
+    """One rank's figures: its share of the loss, the gradient norm, seconds, and the most memory that the process ever held."""
     before = _peak_gib()
     mesh = Mesh.create(layout, rank)
     model = Decoder(MODEL, mesh=mesh)
