@@ -107,6 +107,7 @@ def travel(rank: int, document: str, changes: list[str], folder: Path, layouts: 
 
     A layout's ranks are the first ones; rank 0 is in all, so nothing is loaded before it is saved.
     """
+    dist.barrier()  # or a rank that is quick leaves while another still makes its connections
     dist.destroy_process_group()
     config = load_run(document, changes, between_keys=WITHOUT_LAYOUT)
     told = {}
@@ -125,6 +126,7 @@ def travel(rank: int, document: str, changes: list[str], folder: Path, layouts: 
 
 def begin(rank: int, document: str, changes: list[str], folder: Path, layout: Layout, sources: dict[str, str]) -> None:
     """Every rank's part: begins a run from each source's weights and saves it at once, under the source's name."""
+    dist.barrier()
     dist.destroy_process_group()
     with joined(folder / "meeting", layout, rank) as runtime:
         for name, source in sources.items():
