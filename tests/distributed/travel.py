@@ -1,7 +1,4 @@
-"""Training that changes its layout: standing ranks that save in one layout, load in others, and tell the losses that follow.
-
-Legend: L layers with experts, E experts.
-"""
+"""Training that changes its layout: standing ranks that save in one layout, load in others, and tell the losses that follow."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +10,12 @@ import torch.distributed as dist
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.config import RunConfig, load_run
 from refractor_core.config.parallel import ParallelConfig
-from refractor_core.data.batch import Batch
-from refractor_core.model.moe import update_router_bias
-from refractor_core.objectives.language_model import language_model_loss
-from refractor_core.objectives.router import RouterLosses
-from refractor_core.objectives.totals import RouterTotals
-from refractor_core.parallel.collectives import sum_over
-from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.train.place import Place
 from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
+from refractor_core.train.step import Stepper
 from refractor_core.verify.layouts import WITHOUT_LAYOUT
 from refractor_core.verify.trial import rows_of, synthetic_batch
 
@@ -47,45 +38,23 @@ def joined(meeting: Path, layout: Layout, rank: int) -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
-def step(state: TrainState, config: RunConfig, mesh: Mesh, seed: int) -> tuple[float, float]:
-    """One update on a random batch, whatever the layout: (loss, norm of the gradient)."""
-    length = config.curriculum.stages[0].sequence_length
-    whole = synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, seed)
-    batch = rows_of(whole, mesh.axis("data").rank, mesh.axis("data").size)
-    routers, losses = RouterTotals(), RouterLosses(config.objectives, state.planned_steps)
-    previous, context, total = state.model.previous_counts(), ContextSplit.of(mesh), torch.zeros((), dtype=torch.float64)
-    micro_batches = list(batch.micro_batches(config.batch.micro_batch_size))
-    state.engine.begin()
-    for number, micro in enumerate(micro_batches):
-        if number == len(micro_batches) - 1:
-            state.engine.last_micro_batch()
-        total += _backward(state, config, mesh, micro, batch, losses, previous, context, routers)
-    norm = state.engine.finish(1.0)
-    state.engine.update(config.optimizer.learning_rate, norm, config.stability.gradient_clip_norm)
-    state.ema.update()
-    routers.load_flat(sum_over(routers.flat(), mesh.axis("data")))
-    state.model.remember_counts(routers.counts_LE)
-    update_router_bias(state.model, routers.counts_LE)
-    state.step += 1
-    return sum_over(total, mesh.axis("data_context")).item(), norm.item()
-
-
-def _backward(state, config, mesh, micro: Batch, batch: Batch, losses, previous, context, routers) -> float:
-    output, head = state.model(micro.tokens_BS, micro.cu_seqlens), state.model.head.weight
-    loss = language_model_loss(output, context.own(micro.labels_BS), head, batch.loss_tokens, config.kernels, mesh.axis("tensor"))
-    weighted = losses(output.routers, batch.sequences, batch.tokens_BS.shape[1], config.run.steps, previous)[1].to(loss)
-    (loss + weighted).backward()
-    routers.add(output.routers)
-    return (loss + weighted / context.axis.size).item()
+def steps(state: TrainState, config: RunConfig, mesh: Mesh, seeds: range) -> list[tuple[float, float]]:
+    """Updates on random batches, whatever the layout: (loss, norm of the gradient) of each."""
+    stepper, told = Stepper(config, state, mesh), []
+    for seed in seeds:
+        length = config.curriculum.stages[0].sequence_length
+        whole = synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, seed)
+        result = stepper(rows_of(whole, mesh.axis("data").rank, mesh.axis("data").size))
+        told.append((result.losses["loss"], result.grad_norm))
+    return told
 
 
 def save(config: RunConfig, runtime: Runtime, folder: Path, seed: int) -> list[tuple[float, float]]:
     """Trains, saves, and tells how training goes on."""
     state = TrainState.fresh(config, runtime)
-    for number in range(BEFORE):
-        step(state, config, runtime.mesh, 100 * seed + number)
+    steps(state, config, runtime.mesh, range(100 * seed, 100 * seed + BEFORE))
     write(folder, state.step, state.saved(runtime.place.rank), figures(state, config), runtime.world)
-    return [step(state, config, runtime.mesh, number) for number in range(AFTER)]
+    return steps(state, config, runtime.mesh, range(AFTER))
 
 
 def load(config: RunConfig, runtime: Runtime, source: Path, folder: Path) -> list[tuple[float, float]]:
@@ -93,7 +62,7 @@ def load(config: RunConfig, runtime: Runtime, source: Path, folder: Path) -> lis
     state = TrainState.fresh(config.model_copy(update={"run": config.run.model_copy(update={"seed": 77})}), runtime)
     state.load(Checkpoint.listed(source)[0], runtime.place.rank)
     write(folder, state.step, state.saved(runtime.place.rank), figures(state, config), runtime.world)
-    return [step(state, config, runtime.mesh, number) for number in range(AFTER)]
+    return steps(state, config, runtime.mesh, range(AFTER))
 
 
 def figures(state: TrainState, config: RunConfig) -> dict:
@@ -107,6 +76,7 @@ def travel(rank: int, document: str, changes: list[str], folder: Path, layouts: 
 
     A layout's ranks are the first ones; rank 0 is in all, so nothing is loaded before it is saved.
     """
+    dist.barrier()  # or a rank that is quick leaves while another still makes its connections
     dist.destroy_process_group()
     config = load_run(document, changes, between_keys=WITHOUT_LAYOUT)
     told = {}
@@ -125,6 +95,7 @@ def travel(rank: int, document: str, changes: list[str], folder: Path, layouts: 
 
 def begin(rank: int, document: str, changes: list[str], folder: Path, layout: Layout, sources: dict[str, str]) -> None:
     """Every rank's part: begins a run from each source's weights and saves it at once, under the source's name."""
+    dist.barrier()
     dist.destroy_process_group()
     with joined(folder / "meeting", layout, rank) as runtime:
         for name, source in sources.items():
