@@ -32,12 +32,14 @@ class GradientBuffers:
     Args:
         parameters: in model order; buckets are filled from the last one, whose gradient comes first.
         axis: the ranks that share the parameters' gradients.
+        ends: the ranks that hold tied embeddings besides; see ``ShardSpec.ends``.
 
     Losses are divided by *global* counts, so the reduction is a plain sum and does not depend on how the batch is split.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis):
+    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis, ends: Axis | None = None):
         self.axis = axis
+        self.ends = ends or Axis("ends")
         self._buckets: list[_Bucket] = []
         self._fresh: set[nn.Parameter] = set()
         self._last: set[nn.Parameter] = set()
@@ -120,6 +122,10 @@ class GradientBuffers:
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None
+        for bucket in self._buckets:
+            for p in bucket.parameters:
+                if self.ends.size > 1 and p.spec.ends:
+                    dist.all_reduce(p.main_grad, group=self.ends.group)
         return [bucket.buffer for bucket in self._buckets]
 
 
@@ -128,18 +134,19 @@ def gradient_buffers(model: nn.Module, mesh: Mesh) -> list[GradientBuffers]:
     by_axis: dict[str, list[nn.Parameter]] = {}
     for p in model.parameters():
         by_axis.setdefault(p.spec.reduced_over, []).append(p)
-    return [GradientBuffers(parameters, mesh.axis(name)) for name, parameters in by_axis.items()]
+    return [GradientBuffers(parameters, mesh.axis(name), mesh.axis("ends")) for name, parameters in by_axis.items()]
 
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """√Σ g² over the whole model's main gradients, float64 scalar, the same on every rank; collective.
 
-    A piece that several ranks of the stage hold counts once: each adds its share of the squares. Experts' copies are counted like any
-    other, so the norm does not depend on the layout.
+    A piece that several ranks of the stage hold counts once: each adds its share of the squares; so do both ends of a pipeline for an
+    embedding that both hold. Experts' copies are counted like any other, so the norm does not depend on the layout.
     """
-    copies = mesh.axis("dense").size
-    squares = [p.main_grad.double().square().sum() * (p.spec.pieces / copies) for p in model.parameters() if p.requires_grad]
+    copies, ends = mesh.axis("dense").size, mesh.axis("ends").size
+    shares = {p: p.spec.pieces / (copies * (ends if p.spec.ends else 1)) for p in model.parameters() if p.requires_grad}
+    squares = [p.main_grad.double().square().sum() * share for p, share in shares.items()]
     return sum_over(torch.stack(squares).sum(), mesh.axis("world")).sqrt()
 
 

@@ -29,6 +29,7 @@ class ShardSpec:
         blocks: dimension → sizes of the fused sub-blocks along it, each split by itself; they add up to the dimension.
         expert: the tensor lives on the expert grid.
         partial: tensor ranks that hold the same piece use it on different tokens or heads, so that their gradients are terms of a sum.
+        ends: first and last pipeline rank both hold the tensor (a tied embedding), and their gradients are terms of a sum too.
 
     Raises:
         ValueError: a dimension or block does not divide over its axes, or blocks do not add up.
@@ -39,6 +40,7 @@ class ShardSpec:
     blocks: Mapping[int, tuple[int, ...]]
     expert: bool = False
     partial: bool = False
+    ends: bool = False
 
     @property
     def reduced_over(self) -> str:
@@ -125,6 +127,7 @@ def parameter(
     blocks: Mapping[int, tuple[int, ...]] | None = None,
     expert: bool = False,
     partial: bool = False,
+    ends: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Parameter:
@@ -133,11 +136,11 @@ def parameter(
     Args:
         std: standard deviation of a normal initialisation, or
         fill: the constant to start from. Exactly one of the two.
-        splits, blocks, expert, partial: see ``ShardSpec``.
+        splits, blocks, expert, partial, ends: see ``ShardSpec``.
     """
     if (std is None) == (fill is None):
         raise ValueError("give exactly one of std and fill")
-    spec = ShardSpec(tuple(global_shape), dict(splits or {}), dict(blocks or {}), expert, partial)
+    spec = ShardSpec(tuple(global_shape), dict(splits or {}), dict(blocks or {}), expert, partial, ends)
     made = nn.Parameter(torch.empty(spec.local_shape, dtype=dtype, device=device))
     made.spec, made.init_std, made.init_fill = spec, std, fill
     return made

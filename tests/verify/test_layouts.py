@@ -104,7 +104,8 @@ def test_command_prints_the_contract_and_exits_by_verdict(layouts_config, capsys
 
 def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, capsys):
     path = layouts_config()
-    asked = ["tensor=3,expert=8", "pipeline=2,context=3", "context_exchange=post", "sequence=true", "tenor=2", "expert=two", "data_shard=3"]
+    asked = ["tensor=3,expert=8", "pipeline=4,context=3", "sequence=true", "tenor=2", "expert=two", "data_shard=3"]
+    asked += ["context_exchange=post", "pipeline=2,schedule=zbb,stage_cuts=1/x", "pipeline=2,schedule=zbv", "pipeline=2,stage_cuts=1/2"]
     assert main(["verify", "layouts", path, *(word for layout in asked for word in ("--layout", layout))]) == 2
     told = capsys.readouterr().err
     assert "one process" not in told  # nothing was run
@@ -112,8 +113,12 @@ def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, ca
         r"tensor=3,expert=8: parallel\.tensor = 3: does not divide model\.num_heads = 4; the nearest degree that fits everything is [24]",
         r"tensor=3,expert=8: parallel\.tensor = 3: does not divide .*num_kv_heads = 2",
         r"tensor=3,expert=8: parallel\.expert = 8: does not divide model\.moe\.num_experts = 4; the nearest degree that does is 4",
-        r"pipeline=2,context=3: parallel\.pipeline = 2: must be 1",
-        r"pipeline=2,context=3: parallel\.context = 3: cuts sequences in 2 × context = 6 chunks.* = 16; the nearest degree is [24]",
+        r"pipeline=4,context=3: parallel\.pipeline = 4: .*4 stages of model\.num_layers = 2",
+        r"stage_cuts=1/x: parallel\.schedule = 'zbb': expected gpipe or 1f1b or interleaved or zb_h1 or zbv",
+        r"stage_cuts=1/x: parallel\.stage_cuts = '1/x': expected layers above 0, parted by /",
+        r"schedule=zbv: parallel\.schedule = 'zbv': zbv has exactly 2 stages per rank, not virtual=1",
+        r"stage_cuts=1/2: parallel\.stage_cuts = \[1, 2\]: must be 1 layers between 1 and 1",
+        r"pipeline=4,context=3: parallel\.context = 3: cuts sequences in 2 × context = 6 chunks.* = 16; the nearest degree is [24]",
         r"context_exchange=post: parallel\.context_exchange = 'post': expected ring or all_gather",
         r"sequence=true: parallel\.sequence = True: splits over the tensor ranks",
         r"tenor=2: parallel\.tenor = '2': is not a degree; did you mean tensor\?",
