@@ -18,10 +18,10 @@ from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.pipeline.actions import Action
 from refractor_core.parallel.sharding import initialise
-from refractor_core.train.passes import Passes
+from refractor_core.train.passes import Passes, PassResult
+from refractor_core.verify.probes import Answers, Ranges, ask, ranges_of
 
 Prepare = Callable[[Decoder, Mesh], None]
-Ranges = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Trial:
         dtype: of the model.
         rounded: weights have values of this format; None: of ``dtype``.
         routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
+        probes: asks ``verify.probes`` too.
     """
 
     config: RunConfig
@@ -41,6 +42,7 @@ class Trial:
     dtype: torch.dtype
     routing: dict[int, Tensor] | None = None
     rounded: torch.dtype | None = None
+    probes: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Outcome:
         norm: of the whole gradient.
         routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
         changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+        answers: to the probes, if they were asked.
     """
 
     language_model: float
@@ -72,6 +75,7 @@ class Outcome:
     norm: float
     routing: dict[int, Tensor]
     changed: float
+    answers: Answers | None = None
 
     @property
     def loss(self) -> float:
@@ -86,7 +90,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         prepare: called with the model before the step; tests plant faults with it.
     """
     config = trial.config
-    model = _model(trial, mesh)
+    model = initial_model(trial, mesh)
     if prepare is not None:
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
@@ -98,19 +102,28 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         for follower in followers:
             follower.first = action.micro_batch * config.batch.micro_batch_size
 
-    result = passes(batch, config.run.steps, before=follow)
-    for buffer in buffers:
-        buffer.finish()
+    def step(batch: Batch) -> PassResult:
+        result = passes(batch, config.run.steps, before=follow)
+        for buffer in buffers:
+            buffer.finish()
+        return result
+
+    result = step(batch)
     names = {p: name for name, p in model.named_parameters()}
-    pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for p, name in names.items()}
+    pieces = {name: Piece(p.main_grad.clone(), ranges_of(p)) for p, name in names.items()}
     stages = {stage.index: tuple(names[p] for p in model.stage_parameters(stage)) for stage in model.stages}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
     parts = [result.losses[name].item() for name in ("language_model", "routers")]
-    return Outcome(*parts, pieces, stages, gradient_norm(model, mesh).item(), routing, changed)
+    norm = gradient_norm(model, mesh).item()
+    answers = None
+    if trial.probes:
+        answers = ask(model, batch, model.context.own, lambda batch: step(batch).losses["language_model"].item())
+    return Outcome(*parts, pieces, stages, norm, routing, changed, answers)
 
 
-def _model(trial: Trial, mesh: Mesh) -> Decoder:
+def initial_model(trial: Trial, mesh: Mesh) -> Decoder:
+    """This rank's part of the model before the step."""
     config = trial.config
     recompute = config.batch.activation_checkpointing
     model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
@@ -124,10 +137,6 @@ def _model(trial: Trial, mesh: Mesh) -> Decoder:
             router.expert_bias_E.copy_(torch.linspace(-0.02, 0.02, len(router.expert_bias_E)))
         router.previous_count_E.copy_(torch.arange(1, len(router.previous_count_E) + 1))
     return model
-
-
-def _ranges(p: torch.nn.Parameter) -> Ranges:
-    return tuple(tuple(p.spec.ranges(dim)) for dim in range(p.dim()))
 
 
 class _Follower:
