@@ -5,7 +5,7 @@ nowhere. One pipeline rank is a pipeline too: forward and backward per micro bat
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,7 +61,7 @@ class Passes:
         planned_steps: what objectives that set in late count from.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, config: RunConfig, gradients: Sequence[Gradients], planned_steps: int):
+    def __init__(self, model: Decoder, mesh: Mesh, config: RunConfig, gradients: Gradients, planned_steps: int):
         self._model, self._mesh, self._config, self._gradients = model, mesh, config, gradients
         self._kind = mesh.layout.schedule if mesh.layout.pipeline > 1 else "1f1b"
         self._router_losses = RouterLosses(config.objectives, planned_steps, len(config.model.moe_layers()))
@@ -92,8 +92,7 @@ class Passes:
             if last and action.kind is not Kind.FORWARD:
                 self._announce(action, left)
 
-        for gradients in self._gradients:
-            gradients.begin()
+        self._gradients.begin()
         self._runtime(batch, len(micro_batches)).run(work.forward, scale, announce)
         if self._queue is not None:
             names = {p: name for name, p in self._model.named_parameters()}
@@ -116,8 +115,7 @@ class Passes:
         else:
             left.subtract(own)
             ready = [p for p in own if left[p] == 0 and p not in waiting]
-        for gradients in self._gradients:
-            gradients.last_micro_batch(ready)
+        self._gradients.last_micro_batch(ready)
 
 
 class _StepWork:

@@ -11,7 +11,6 @@ from refractor_core.data.batch import Batch
 from refractor_core.model.moe import routers as routers_of
 from refractor_core.model.moe import update_router_bias
 from refractor_core.objectives.totals import RouterTotals
-from refractor_core.optim.clipping import clip_, global_norm
 from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.train.passes import Passes, PassResult
@@ -53,7 +52,7 @@ class Stepper:
     def __init__(self, config: RunConfig, state: TrainState, mesh: Mesh):
         self._config, self._state, self._mesh = config, state, mesh
         self._schedule = Schedule(config.schedule, config.optimizer.learning_rate)
-        self._passes = Passes(state.model, mesh, config, [state.gradients], state.planned_steps)
+        self._passes = Passes(state.model, mesh, config, state.engine, state.planned_steps)
 
     def __call__(self, batch: Batch, request: Request = Request.NONE) -> StepResult:
         """Does the next step on this rank's rows of the global batch; collective.
@@ -65,20 +64,14 @@ class Stepper:
         state, config = self._state, self._config
         state.model.stretch(config.model_at(state.step).rope.scaling)
         passed = self._passes(batch, state.step, state.scaler.scale)
-        buffers = state.gradients.finish()
         scale = state.scaler.scale
-        if config.faults.nonfinite_at_step == state.step:
-            buffers[0].fill_(math.nan)
-        if scale != 1.0:
-            torch._foreach_mul_(buffers, 1.0 / scale)
-        norm = global_norm(buffers)
+        norm = state.engine.finish(math.nan if config.faults.nonfinite_at_step == state.step else scale)
         losses, sources, request = self._sum_over_ranks(passed, batch, request)
         grad_norm = norm.item()  # here and just above, once a step, the device is waited for
         learning_rate = self._schedule.rate(state.step + 1)
         skipped = not math.isfinite(grad_norm)
         if not skipped:
-            clip_(buffers, norm, config.stability.gradient_clip_norm)
-            state.optimizer.step(learning_rate)
+            state.engine.update(learning_rate, norm, config.stability.gradient_clip_norm)
             if state.ema is not None:
                 state.ema.update()
             if config.model.moe is not None:

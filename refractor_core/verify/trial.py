@@ -14,11 +14,12 @@ from refractor_core.data.batch import IGNORE, Batch
 from refractor_core.model.decoder import Decoder
 from refractor_core.model.moe import routers
 from refractor_core.model.router import Router
-from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
+from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.pipeline.actions import Action
 from refractor_core.parallel.sharding import initialise
-from refractor_core.train.passes import Passes, PassResult
+from refractor_core.train.passes import Passes
 from refractor_core.verify.probes import Answers, Ranges, ask, ranges_of
 
 Prepare = Callable[[Decoder, Mesh], None]
@@ -95,30 +96,29 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
-    buffers = gradient_buffers(model, mesh)
+    buffers = GradientBuffers(model.named_parameters(), mesh)
     passes = Passes(model, mesh, config, buffers, config.run.steps)
 
     def follow(action: Action) -> None:
         for follower in followers:
             follower.first = action.micro_batch * config.batch.micro_batch_size
 
-    def step(batch: Batch) -> PassResult:
-        result = passes(batch, config.run.steps, before=follow)
-        for buffer in buffers:
-            buffer.finish()
-        return result
-
-    result = step(batch)
+    result = passes(batch, config.run.steps, before=follow)
+    norm = gradient_norm(buffers.finish(), mesh).item()
+    buffers.gather_gradients()
     names = {p: name for name, p in model.named_parameters()}
     pieces = {name: Piece(p.main_grad.clone(), ranges_of(p)) for p, name in names.items()}
     stages = {stage.index: tuple(names[p] for p in model.stage_parameters(stage)) for stage in model.stages}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
     parts = [result.losses[name].item() for name in ("language_model", "routers")]
-    norm = gradient_norm(model, mesh).item()
-    answers = None
-    if trial.probes:
-        answers = ask(model, batch, model.context.own, lambda batch: step(batch).losses["language_model"].item())
+
+    def loss(batch: Batch) -> float:
+        result = passes(batch, config.run.steps, before=follow)
+        buffers.finish()
+        return result.losses["language_model"].item()
+
+    answers = ask(model, batch, model.context.own, loss) if trial.probes else None
     return Outcome(*parts, pieces, stages, norm, routing, changed, answers)
 
 

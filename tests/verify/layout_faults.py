@@ -55,9 +55,8 @@ def omit_experts_from_norm(model, mesh):
     """Megatron #5916: the gradient norm undercounts experts."""
     whole = trial.gradient_norm
 
-    def without(model, mesh):
-        dense = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in model.named_parameters() if not p.spec.expert})
-        return whole(dense, mesh)
+    def without(segments, mesh):
+        return whole([segment for segment in segments if not segment.parameter.spec.expert], mesh)
 
     trial.gradient_norm = without
 
@@ -147,7 +146,9 @@ def scale_auxiliary_gradients_by_context(model, mesh):
 
 def reduce_gradients_over_data_only(model, mesh):
     """Context ranks keep their own tokens' gradients."""
-    sharding.ShardSpec.reduced_over = property(lambda self: "expert_data" if self.expert else "data")
+    sharding.ShardSpec.reduced_over = property(
+        lambda self: ("expert_shard", "expert_replicate") if self.expert else ("data_shard", "data_replicate")
+    )
 
 
 def halve_the_loss_that_is_told(model, mesh):
