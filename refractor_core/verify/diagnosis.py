@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import partition
+from refractor_core.verify.activations import first_difference
 from refractor_core.verify.probes import take
 from refractor_core.verify.trial import Outcome, Piece
 
@@ -100,7 +101,7 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
     wrong = [name for name, error in found.items() if not error <= tolerance.of(name)]
     culprit = ""
     if wrong or loss_error > tolerance.loss:
-        culprit = _culprit(reference, outcomes, layout, wrong, loss_error > tolerance.loss)
+        culprit = _culprit(reference, outcomes, layout, wrong, loss_error, tolerance)
     return Comparison(loss_error, found, tolerance, not culprit, culprit)
 
 
@@ -152,12 +153,22 @@ def _error(whole: Tensor, pieces: dict[int, Piece], floor: float) -> float:
     return math.sqrt(sum(worst.values())) / scale if scale else math.sqrt(sum(worst.values()))
 
 
-def _culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_is_wrong: bool) -> str:
-    if loss_is_wrong:
+def _culprit(
+    reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_error: float, tolerance: Tolerance
+) -> str:
+    if loss_error > tolerance.loss:
+        noise = 1e-10 if tolerance.loss <= 1e-12 else max(0.01, tolerance.loss)
+        place = first_difference(reference.squares, [outcome.squares for outcome in outcomes], noise)
         told = f"the loss itself is wrong ({_loss_signature(reference, outcomes, layout)})"
         if not wrong:
             return f"{told}; every gradient is right, so the fault is in how the loss is told: summed or averaged over the wrong ranks"
-        told += ", so the fault is in the forward pass: a sum, a slice or a routing decision"
+        if place is None:
+            told += ", so the fault is in the forward pass, but all layers' outputs are right: a sum in the loss, or the statistics that "
+            told += "router objectives are made of"
+        else:
+            told += (
+                f", so the fault is in the forward pass, whose output is first wrong after {place}: a sum, a slice or a routing decision"
+            )
     elif wrong == [NORM]:
         return _norm_culprit(reference, outcomes, layout)
     else:

@@ -20,6 +20,7 @@ from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.pipeline.actions import Action
 from refractor_core.parallel.sharding import initialise
 from refractor_core.train.passes import Passes
+from refractor_core.verify.activations import Activations
 from refractor_core.verify.probes import Answers, Ranges, ask, ranges_of
 
 Prepare = Callable[[Decoder, Mesh], None]
@@ -58,15 +59,19 @@ class Piece:
 class Outcome:
     """What one rank found.
 
-    Args:
-        language_model: that loss over this rank's tokens, the same on all tensor ranks; 0 where another stage has it.
-        objectives: the weighted router objectives of this rank's sequences and layers, the same on all context and tensor ranks.
-        pieces: by parameter, of those that this rank holds.
-        stages: names of the parameters of each of this rank's stages.
-        norm: of the whole gradient.
-        routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
-        changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
-        answers: to the probes, if they were asked.
+        Args:
+            language_model: that loss over this rank's tokens, the same on all tensor ranks; 0 where another stage has it.
+            objectives: the weighted router objectives of this rank's sequences and layers, the same on all context and tensor ranks.
+            pieces: by parameter, of those that this rank holds.
+            stages: names of the parameters of each of this rank's stages.
+            norm: of the whole gradient.
+            routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
+            changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+    <<<<<<< HEAD
+            answers: to the probes, if they were asked.
+    =======
+            squares: of the modules' outputs, see ``Activations``.
+    >>>>>>> main
     """
 
     language_model: float
@@ -76,6 +81,7 @@ class Outcome:
     norm: float
     routing: dict[int, Tensor]
     changed: float
+    squares: dict[str, float]
     answers: Answers | None = None
 
     @property
@@ -95,6 +101,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     if prepare is not None:
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
+    activations = Activations(model, mesh)
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
     buffers = GradientBuffers(model.named_parameters(), mesh)
     passes = Passes(model, mesh, config, buffers, config.run.steps)
@@ -112,6 +119,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
     parts = [result.losses[name].item() for name in ("language_model", "routers")]
+    squares = dict(activations.squares)  # before probes run the model again
 
     def loss(batch: Batch) -> float:
         result = passes(batch, config.run.steps, before=follow)
@@ -119,7 +127,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         return result.losses["language_model"].item()
 
     answers = ask(model, batch, model.context.own, loss) if trial.probes else None
-    return Outcome(*parts, pieces, stages, norm, routing, changed, answers)
+    return Outcome(*parts, pieces, stages, norm, routing, changed, squares, answers)
 
 
 def initial_model(trial: Trial, mesh: Mesh) -> Decoder:
