@@ -19,7 +19,7 @@ import torch
 
 from refractor_core.config import ConfigError, Problem, RunConfig, load_run
 from refractor_core.config.parallel import ParallelConfig
-from refractor_core.config.rules import RULES, check, only_data_parallelism
+from refractor_core.config.rules import RULES, check
 from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import layout_fits
@@ -34,7 +34,8 @@ from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Outcome, Prepare, Trial, initial_model, run_trial, synthetic_batch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
-WITHOUT_LAYOUT = tuple(rule for rule in RULES if rule is not only_data_parallelism)
+WITHOUT_LAYOUT = RULES
+"""Rules of a run before a layout is chosen."""
 
 
 @dataclass(frozen=True)
