@@ -35,7 +35,8 @@ def join(config: RunConfig, place: Place, directory: RunDirectory) -> int:
         if not place.under_torchrun:  # under it, whoever started it has, and a wish may be from then on
             withdraw(directory.requests, Request.PAUSE)
         plan = preflight(config, directory)
-        with Runtime.joined(config, place) as runtime:
+        # Told before this rank leaves the others: they then fail too, of a connection that is gone.
+        with Runtime.joined(config, place) as runtime, _failure_told(directory.status, place.rank):
             outcome = Trainer(config, runtime, directory, plan).run()
     return PAUSED if outcome == "paused" and not place.under_torchrun else COMPLETED
 

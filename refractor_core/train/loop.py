@@ -14,6 +14,7 @@ from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
+from refractor_core.telemetry.records import read_status
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.flops import active_matrix_parameters, flops_per_token, peak_flops
 from refractor_core.train.records import Records
@@ -58,9 +59,10 @@ class Trainer:
                 outcome = self._steps()
             except BaseException as error:
                 if self.records:
-                    with suppress(OSError):  # on a full disk the first error is the one to raise
+                    with suppress(OSError, ValueError):  # on a full disk the first error is the one to raise
                         self.records.events.write("failed", self.state.step, reason=str(error))
-                        self.records.status("running", self.state.step)  # how far it came; whoever started the run adds that it failed
+                        if read_status(self.directory.status).get("state") != "failed":  # else another rank's reason came first
+                            self.records.status("running", self.state.step)  # how far it came; whoever started the run adds that it failed
                 raise
         if self.records:
             self.records.events.write(outcome, self.state.step)

@@ -74,8 +74,7 @@ class Stepper:
             state.engine.update(learning_rate, norm, config.stability.gradient_clip_norm)
             if state.ema is not None:
                 state.ema.update()
-            if config.model.moe is not None:
-                self._remember_counts(passed.routers)
+            self._remember_counts(passed.routers)
         state.scaler.update(skipped)
         state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
         state.step += 1
@@ -111,8 +110,11 @@ class Stepper:
         return total | {f"loss_{name}": value for name, value in losses.items()}, [int(n) for n in told[len(head) : -2]], granted
 
     def _remember_counts(self, routers: RouterTotals) -> None:
-        """Each rank those of its own layers."""
-        counts_LE = routers.counts_of([router.layer for router in routers_of(self._state.model)])
+        """Each rank those of its own layers, of which none may have experts: a dense model's, or a pipeline stage's."""
+        layers = [router.layer for router in routers_of(self._state.model)]
+        if not layers:
+            return
+        counts_LE = routers.counts_of(layers)
         self._state.model.remember_counts(counts_LE)
         if self._config.model.moe.bias_update_rate is not None:
             update_router_bias(self._state.model, counts_LE)

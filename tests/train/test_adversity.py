@@ -37,6 +37,26 @@ def _save_wished_on_rank_1(rank, run, port):
     tiny.train_rank(rank, run, 2, port)
 
 
+def _rank_1_fails(rank, run, port):
+    before = BatchPlan.batch
+
+    def batch(self, step, *place):
+        if rank == 1 and step == 1:
+            raise ValueError("the disk of rank 1 is gone")
+        return before(self, step, *place)
+
+    BatchPlan.batch = batch
+    with pytest.raises(ValueError if rank == 1 else RuntimeError):  # rank 0 fails of a connection that is gone
+        tiny.train_rank(rank, run, 2, port)
+
+
+def test_the_reason_told_is_that_of_the_rank_that_failed_first(ranks, tiny_config):
+    run = tiny_config()
+    ranks(2, _rank_1_fails, run, tiny.free_port())
+    told = status(run)
+    assert (told["state"], told["reason"]) == ("failed", "rank 1: the disk of rank 1 is gone")
+
+
 def test_a_save_that_one_rank_was_asked_for_is_granted_once(ranks, tiny_config):
     run = tiny_config(checkpoint__interval_steps=100, checkpoint__keep_last=100)
     ranks(2, _save_wished_on_rank_1, run, tiny.free_port())

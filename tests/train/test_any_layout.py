@@ -19,7 +19,7 @@ LAYOUTS = {
     "tensor": {"tensor": 2, "sequence": True},
     "experts": {"expert": 2, "expert_tensor": 2, "data_replicate": 2, "data_shard": 2},
     "context": {"context": 2, "expert": 2},
-    "pipeline": {"pipeline": 2, "schedule": "zb_h1", "data_shard": 2},
+    "pipeline": {"pipeline": 2, "schedule": "zb_h1", "data_shard": 2, "stage_cuts": [1]},  # no layer of the first stage has experts
     "v": {"pipeline": 2, "virtual_pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence": True, "expert": 2},
 }
 TIMES = 1e-8

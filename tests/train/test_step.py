@@ -77,6 +77,11 @@ def test_data_parallel_ranks_equal_one_process(ranks, tiny_config, world):
             assert torch.equal(buffer, buffers[name]), name
 
 
+def test_a_model_may_have_experts_in_none_of_its_layers(tiny_config):
+    losses, _, _ = stepped(tiny_config(model__moe__first_dense_layers=2))
+    assert losses[1]["loss_language_model"] == losses[1]["loss"] < losses[0]["loss"]
+
+
 def test_a_step_without_finite_gradients_is_skipped_and_told(tiny_config):
     config = tiny_config(faults__nonfinite_at_step=2)
     assert tiny.train(config) == 0
