@@ -67,7 +67,8 @@ def test_owners_hold_every_element_and_gathering_gives_it_to_all(ranks, degrees,
 def _tied(rank):
     mesh = Mesh.create(Layout(4, pipeline=2, data_shard=2), rank)
     stage = mesh.axis("pipeline").rank
-    model = nn.ParameterDict({"tied": nn.Parameter(torch.ones(3, 5, dtype=torch.float64)), f"own{stage}": nn.Parameter(torch.ones(4, dtype=torch.float64))})
+    tied, own = (nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in ((3, 5), (4,)))
+    model = nn.ParameterDict({"tied": tied, f"own{stage}": own})
     for name, p in model.items():
         p.spec = ShardSpec(tuple(p.shape), {}, {}, ends=name == "tied")
     buffers = GradientBuffers(model.named_parameters(), mesh)
