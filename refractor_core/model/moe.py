@@ -19,6 +19,7 @@ from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.sharding import parameter
 from refractor_core.parallel.tensor import TensorSplit
+from refractor_core.parallel.weight_gradients import deferral
 from refractor_kernels import experts
 
 
@@ -59,9 +60,10 @@ class Experts(nn.Module):
         """[T, D]: the weighted sum of each token's experts."""
         x_MD, indices_MK, weights_MK = tokens.arrive()
         arguments = (x_MD, self.gate_up_EFD, self.down_EDF, indices_MK, weights_MK)
+        op = partial(self.op, defer=deferral(self.gate_up_EFD, self.down_EDF))
         if self.recompute and torch.is_grad_enabled():
-            return tokens.back(checkpoint(self.op, *arguments, use_reentrant=False, preserve_rng_state=False))
-        return tokens.back(self.op(*arguments))
+            return tokens.back(checkpoint(op, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return tokens.back(op(*arguments))
 
 
 class MixtureOfExperts(nn.Module):
