@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import partition
+from refractor_core.verify.activations import first_difference
 from refractor_core.verify.trial import Outcome, Piece
 
 NORM = "(gradient norm)"
@@ -159,7 +160,13 @@ def _error(whole: Tensor, pieces: dict[int, Piece], floor: float) -> float:
 
 def _culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_is_wrong: bool) -> str:
     if loss_is_wrong:
-        told = "the loss itself is wrong, so the fault is in the forward pass: a sum, a slice or a routing decision"
+        noise = 1e-10 if next(iter(reference.pieces.values())).gradient.dtype == torch.float64 else 0.01
+        place = first_difference(reference.squares, [outcome.squares for outcome in outcomes], noise)
+        told = "the loss itself is wrong, so the fault is in the forward pass"
+        if place is None:
+            told = f"{told}, but all layers' outputs are right: a sum in the loss, or the statistics that router objectives are made of"
+        else:
+            told = f"{told}, whose output is first wrong after {place}: a sum, a slice or a routing decision"
     elif wrong == [NORM]:
         return _norm_culprit(reference, outcomes, layout)
     else:

@@ -20,6 +20,7 @@ from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.pipeline.actions import Action
 from refractor_core.parallel.sharding import initialise
 from refractor_core.train.passes import Passes
+from refractor_core.verify.activations import Activations
 
 Prepare = Callable[[Decoder, Mesh], None]
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
@@ -64,6 +65,7 @@ class Outcome:
         norm: of the whole gradient.
         routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
         changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+        squares: of the modules' outputs, see ``Activations``.
     """
 
     language_model: float
@@ -73,6 +75,7 @@ class Outcome:
     norm: float
     routing: dict[int, Tensor]
     changed: float
+    squares: dict[str, float]
 
     @property
     def loss(self) -> float:
@@ -91,6 +94,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     if prepare is not None:
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
+    activations = Activations(model, mesh)
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
     buffers = GradientBuffers(model.named_parameters(), mesh)
     passes = Passes(model, mesh, config, buffers, config.run.steps)
@@ -108,7 +112,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
     parts = [result.losses[name].item() for name in ("language_model", "routers")]
-    return Outcome(*parts, pieces, stages, norm, routing, changed)
+    return Outcome(*parts, pieces, stages, norm, routing, changed, activations.squares)
 
 
 def _model(trial: Trial, mesh: Mesh) -> Decoder:
