@@ -59,19 +59,16 @@ class Piece:
 class Outcome:
     """What one rank found.
 
-        Args:
-            language_model: that loss over this rank's tokens, the same on all tensor ranks; 0 where another stage has it.
-            objectives: the weighted router objectives of this rank's sequences and layers, the same on all context and tensor ranks.
-            pieces: by parameter, of those that this rank holds.
-            stages: names of the parameters of each of this rank's stages.
-            norm: of the whole gradient.
-            routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
-            changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
-    <<<<<<< HEAD
-            answers: to the probes, if they were asked.
-    =======
-            squares: of the modules' outputs, see ``Activations``.
-    >>>>>>> main
+    Args:
+        language_model: that loss over this rank's tokens, the same on all tensor ranks; 0 where another stage has it.
+        objectives: the weighted router objectives of this rank's sequences and layers, the same on all context and tensor ranks.
+        pieces: by parameter, of those that this rank holds.
+        stages: names of the parameters of each of this rank's stages.
+        norm: of the whole gradient.
+        routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
+        changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+        squares: of the modules' outputs, see ``Activations``.
+        answers: to the probes, if they were asked.
     """
 
     language_model: float
