@@ -59,11 +59,6 @@ CASES = [
         None,
     ),
     ("dense_layers", ["model.moe.first_dense_layers=3"], "model.moe.first_dense_layers", ["model.moe.first_dense_layers=2"], None),
-    *(
-        ("only_data_parallelism", [f"parallel.{name}=2"], f"parallel.{name}", [f"parallel.{name}=1"], None)
-        for name in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context")
-    ),
-    ("only_data_parallelism", ["parallel.sequence=true"], "parallel.sequence", ["parallel.sequence=false"], None),
     ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),
     ("batch_division", [], "batch.global_batch_size", [], (3, 4)),
     ("batch_division", ["parallel.data_shard=3"], "batch.global_batch_size", ["parallel.data_shard=4"], None),
