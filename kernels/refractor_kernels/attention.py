@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from refractor_kernels import check
+from refractor_kernels import check, fakes
 from refractor_kernels.dispatch import Op
 
 _MASK_ELEMENTS = 1 << 25
@@ -114,8 +114,8 @@ def reference_with_lse(
     return out.reshape(batch, length, heads, v.shape[-1]).to(v_BSGE.dtype), lse.reshape(batch, heads, length)
 
 
-_ATTENTION = Op("attention", reference)
-_ATTENTION_WITH_LSE = Op("attention_with_lse", reference_with_lse)
+_ATTENTION = Op("attention", reference, fakes.attention)
+_ATTENTION_WITH_LSE = Op("attention_with_lse", reference_with_lse, fakes.attention_with_lse)
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> None:
@@ -131,7 +131,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
     tokens = sizes["B"] * sizes["S"]
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < (sizes["B"] if tokens else 0) + 1:
         raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [N + 1] with at least a document for each row")
-    if cu_seqlens.device.type == "cpu":
+    if check.readable(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
             raise ValueError(f"{op}: cu_seqlens goes {ends[:4]}…{ends[-1]}, expected to rise from 0 to B·S = {tokens}")

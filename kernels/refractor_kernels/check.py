@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -9,6 +10,16 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def at_least_float32(x: Tensor) -> Tensor:
     """bf16 and fp16 become float32; float32 and float64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def without_values(x: Tensor) -> bool:
+    """Whether a tensor has sizes but no numbers: a dry run's, fake or on the meta device."""
+    return x.device.type == "meta" or isinstance(x, FakeTensor)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether numbers can be looked at without waiting for a device."""
+    return x.device.type == "cpu" and not without_values(x)
 
 
 def shapes(op: str, spec: str, **tensors: Tensor) -> dict[str, int]:

@@ -115,7 +115,7 @@ def _check(op: str, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, outside: str, 
     check.same_kind(op, x_TD=x_TD, w_VD=w_VD)
     vocabulary = check.shapes(op, "x_TD:TD w_VD:VD labels_T:T", x_TD=x_TD, w_VD=w_VD, labels_T=labels_T)["V"]
     check.integer(op, torch.int64, x_TD, labels_T=labels_T)
-    if labels_T.device.type == "cpu" and labels_T.numel():
+    if check.readable(labels_T) and labels_T.numel():
         wrong = ((labels_T < 0) | (labels_T >= vocabulary)) & (labels_T != ignore)
         if bool(wrong.any()):
             raise ValueError(f"{op}: labels_T holds {int(labels_T[wrong][0])}, expected 0 to {vocabulary - 1}, or {ignore} {outside}")

@@ -2,7 +2,8 @@
 
 An operation's family file declares ``Op(name, reference)``; faster implementations register beside it with a function that says
 why they do not support given arguments, or ``None`` where they do. The first supporting one, in order of registration with the
-latest first, is what ``auto`` runs; the reference always supports.
+latest first, is what ``auto`` runs; the reference always supports. On the meta device, where a dry run counts bytes, ``auto`` runs the
+op's fake if it has one.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,9 @@ class Op:
 
     registry: dict[str, "Op"] = {}
 
-    def __init__(self, name: str, reference: Callable[..., Any]):
-        self.name = name
+    def __init__(self, name: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None):
+        """``fake`` has the reference's arguments and holds what the best kernel holds; None: the reference holds no more than that."""
+        self.name, self.fake = name, fake
         self.backends = [Backend("torch", reference, lambda *tensors, **options: None)]
         Op.registry[name] = self
 
@@ -67,6 +69,8 @@ class Op:
         raise ValueError(f"{self.name}: backend={backend!r} is not one of {here}")
 
     def __call__(self, backend: str, *tensors: Any, **options: Any) -> Any:
+        if backend == "auto" and self.fake is not None and tensors[0].device.type == "meta":
+            return self.fake(*tensors, **options)
         if backend == "auto" and len(self.backends) == 1:
             return self.backends[0].run(*tensors, **options)
         return self.choose(backend, tensors, options)[0].run(*tensors, **options)

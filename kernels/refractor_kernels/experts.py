@@ -51,11 +51,15 @@ class Sorted(NamedTuple):
 
 
 def sort_pairs(indices_TK: Tensor, weights_TK: Tensor, num_experts: int, multiple: int = 1) -> Sorted:
-    """Stable counting sort of the kept pairs, each expert's rows rounded up to a multiple."""
+    """Stable counting sort of the kept pairs, each expert's rows rounded up to a multiple.
+
+    Without values, as in a dry run, all pairs are kept and spread evenly.
+    """
     dropped = (indices_TK < 0) | (weights_TK == 0)
     flat = indices_TK.masked_fill(dropped, num_experts).flatten()  # dropped pairs sort behind all experts
-    count_E = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
-    order, kept = flat.argsort(stable=True), int(count_E.sum())
+    count_E = occurrences(flat, num_experts + 1)[:num_experts]
+    even = -(-len(flat) // max(num_experts, 1))
+    order, kept = flat.argsort(stable=True), _total(count_E, len(flat))
     order_P = order[:kept]
     if multiple == 1:
         return Sorted(order_P, None, count_E.cumsum(0).to(torch.int32), kept)
@@ -63,13 +67,23 @@ def sort_pairs(indices_TK: Tensor, weights_TK: Tensor, num_experts: int, multipl
     ends_E = rounded_E.cumsum(0)
     shift_E = (ends_E - rounded_E) - (count_E.cumsum(0) - count_E)
     row_P = torch.arange(kept, device=flat.device) + shift_E[flat[order_P]]
-    return Sorted(order_P, row_P, ends_E.to(torch.int32), int(rounded_E.sum()))
+    return Sorted(order_P, row_P, ends_E.to(torch.int32), _total(rounded_E, -(-even // multiple) * multiple * num_experts))
+
+
+def occurrences(numbers: Tensor, size: int) -> Tensor:
+    """How often each of 0 … size − 1 occurs. Unlike ``bincount`` it looks at no value, so neither waits for a GPU nor needs values."""
+    return numbers.new_zeros(size).scatter_add_(0, numbers, torch.ones_like(numbers))
+
+
+def _total(count_E: Tensor, assumed: int) -> int:
+    return assumed if check.without_values(count_E) else int(count_E.sum())
 
 
 def _grouped_supported(*tensors: Tensor) -> bool:
     """torch's grouped GEMM takes bf16 (and on CPU float32) with rows of a multiple of 16 bytes; no empty operand."""
     first = tensors[0]
-    dtypes = (torch.bfloat16, torch.float32) if first.device.type == "cpu" else (torch.bfloat16,)
+    # Without values even a CPU's tensors are refused in float32.
+    dtypes = (torch.bfloat16, torch.float32) if check.readable(first) else (torch.bfloat16,)
     aligned = all(size * t.element_size() % 16 == 0 for t in tensors for size in t.shape[-2 if t.dim() == 3 else -1 :])
     return _grouped_mm is not None and first.dtype in dtypes and aligned and all(t.numel() for t in tensors)
 
@@ -80,7 +94,7 @@ def grouped_linear(a_MI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
         return _grouped_mm(a_MI, w_EOI.transpose(1, 2), offs=ends_E)
     out = a_MI.new_empty(a_MI.shape[0], w_EOI.shape[1])
     start = 0
-    for expert, end in enumerate(ends_E.tolist()):
+    for expert, end in enumerate(_ends(ends_E, len(a_MI))):
         out[start:end] = a_MI[start:end] @ w_EOI[expert].T
         start = end
     return out
@@ -92,10 +106,17 @@ def grouped_outer(g_MO: Tensor, a_MI: Tensor, ends_E: Tensor) -> Tensor:
         return _grouped_mm(g_MO.T, a_MI, offs=ends_E)
     out = g_MO.new_empty(len(ends_E), g_MO.shape[1], a_MI.shape[1])
     start = 0
-    for expert, end in enumerate(ends_E.tolist()):
+    for expert, end in enumerate(_ends(ends_E, len(a_MI))):
         out[expert] = g_MO[start:end].T @ a_MI[start:end]
         start = end
     return out
+
+
+def _ends(ends_E: Tensor, rows: int) -> list[int]:
+    """On the host; without values, those of rows that are spread evenly."""
+    if check.without_values(ends_E):
+        return [rows * (expert + 1) // len(ends_E) for expert in range(len(ends_E))]
+    return ends_E.tolist()
 
 
 def _pairs(rows_MD: Tensor, pairs: Sorted, tokens: int, top_k: int) -> Tensor:
@@ -187,7 +208,7 @@ def experts(
         raise ValueError(f"experts: weights_TK is {weights_TK.dtype}, expected float32, or float64 exactly where x_TD is")
     if weights_TK.device != x_TD.device:
         raise ValueError(f"experts: weights_TK is on {weights_TK.device}, expected {x_TD.device} like x_TD")
-    if indices_TK.device.type == "cpu" and indices_TK.numel():
+    if check.readable(indices_TK) and indices_TK.numel():
         low, high = (int(bound) for bound in indices_TK.aminmax())
         if low < -1 or high >= sizes["E"]:
             raise ValueError(f"experts: indices_TK spans [{low}, {high}], expected −1 (dropped) to {sizes['E'] - 1}")

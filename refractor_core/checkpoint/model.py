@@ -11,6 +11,7 @@ from refractor_core.config.model import ModelConfig
 from refractor_core.model.decoder import Decoder
 from refractor_core.model.hub import import_hub
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -54,21 +55,20 @@ def load_model(
             raise ValueError(f"{path}: a Hugging Face directory holds no moving average; ask for weights='live'")
         return import_hub(path, dtype).to(device)
     checkpoint = find_checkpoint(path)
-    held = checkpoint.tensors("model.") | checkpoint.tensors("master.")
-    if weights == "ema":
-        average = checkpoint.tensors("ema.")
-        if not held.keys() <= average.keys():
-            raise ValueError(f"{checkpoint.path}: keeps no moving average; set checkpoint.ema_decay in the run, or ask for live weights")
-        held = {name: average[name] for name in held}
+    if weights == "ema" and not checkpoint.names("ema."):
+        raise ValueError(f"{checkpoint.path}: keeps no moving average; set checkpoint.ema_decay in the run, or ask for live weights")
     model = Decoder(ModelConfig.model_validate(checkpoint.state["model"]), kernels=kernels, dtype=dtype, device=device)
-    with torch.no_grad():
-        for name, target in model.named_parameters():
-            target.copy_(held[name])
-        buffers = checkpoint.tensors("buffer.")
-        for name, target in model.named_buffers():
-            if name in buffers:
-                target.copy_(buffers[name])
+    for name, target in model.named_parameters():
+        checkpoint.read_into(f"ema.{name}" if weights == "ema" else stored_weight(checkpoint, name), target)
+    for name, target in model.named_buffers():
+        if f"buffer.{name}" in checkpoint:
+            checkpoint.read_into(f"buffer.{name}", target)
     return model
+
+
+def stored_weight(checkpoint: Checkpoint, name: str) -> str:
+    """Under which name a checkpoint holds a parameter: its master, or, where it was imported or never trained, the weight itself."""
+    return f"master.{name}" if f"master.{name}" in checkpoint else f"model.{name}"
 
 
 def import_checkpoint(source: Path, target: Path) -> Path:
@@ -80,7 +80,7 @@ def import_checkpoint(source: Path, target: Path) -> Path:
     if Checkpoint.listed(target):
         raise ValueError(f"{target}: already holds checkpoints; give a new directory")
     model = import_hub(source, dtype=None)
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-    tensors |= {f"buffer.{name}": b for name, b in model.named_buffers() if name in model.state_dict()}
+    held = [Saved.whole(f"model.{name}", p.detach()) for name, p in model.named_parameters()]
+    held += [Saved.whole(f"buffer.{name}", b) for name, b in model.named_buffers() if name in model.state_dict()]
     state = {"step": 0, "tokens": 0, "model": model.config.model_dump(mode="json")}
-    return write(target, 0, tensors, state, Axis("world"))
+    return write(target, 0, held, state, Axis("world"))

@@ -3,14 +3,18 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from refractor_core.checkpoint.pieces import Piece, flaw
 from refractor_core.checkpoint.writer import FORMAT, MANIFEST, file_sha256, seal, tensor_checksum
+from refractor_core.parallel.extent import Extent, common, copy_overlap
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -81,9 +85,10 @@ class Checkpoint:
             raise DamagedCheckpoint([Damage(path, f"cannot be read ({error})")]) from error
         if seal(body) != checksum:
             raise DamagedCheckpoint([Damage(path, "its checksum does not match its content")])
-        if body["format"] != FORMAT:
-            raise DamagedCheckpoint([Damage(path, f"is of format {body['format']}, this version reads {FORMAT}")])
-        outside = {told["file"] for told in body["tensors"].values()} - body["files"].keys()
+        if body["format"] not in (1, FORMAT):
+            raise DamagedCheckpoint([Damage(path, f"is of format {body['format']}, this version reads 1 and {FORMAT}")])
+        body = _upgraded(body) if body["format"] == 1 else body
+        outside = {piece["file"] for told in body["tensors"].values() for piece in told["pieces"]} - body["files"].keys()
         outside |= {name for name in body["files"] if Path(name).name != name}
         if outside:  # a checkpoint from somewhere else must not have files read that are not its own
             raise DamagedCheckpoint([Damage(path, f"names files that are not the checkpoint's own: {', '.join(sorted(outside))}")])
@@ -99,6 +104,31 @@ class Checkpoint:
         """What rank 0 saved beside the tensors."""
         return self.manifest["state"]
 
+    def __reduce__(self) -> tuple:
+        return Checkpoint, (self.path,)  # without open files; another process reads the manifest itself
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest["tensors"]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors that begin with ``prefix``."""
+        return [name for name in self.manifest["tensors"] if name.startswith(prefix)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.manifest["tensors"][name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return getattr(torch, self.manifest["tensors"][name]["dtype"])
+
+    def pieces(self, name: str) -> list[Piece]:
+        """What a tensor is stored as."""
+        if name not in self._pieces:
+            told = self.manifest["tensors"][name]
+            self._pieces[name] = [Piece.from_record(record, told["shape"]) for record in told["pieces"]]
+        return self._pieces[name]
+
     def verify(self) -> list[Damage]:
         """Reads every byte. Empty if all is as written; otherwise names each damaged tensor, or the file where no tensor is hit."""
         try:
@@ -113,48 +143,121 @@ class Checkpoint:
             elif path.stat().st_size != told["bytes"]:
                 damages.append(Damage(path, f"has {path.stat().st_size} bytes instead of {told['bytes']}"))
             elif file_sha256(path) != told["sha256"]:
-                damages += list(self._damaged_tensors(name)) or [Damage(path, "its checksum does not match; no tensor's bytes are hit")]
+                damages += dict.fromkeys(self._damaged_tensors(name)) or [
+                    Damage(path, "its checksum does not match; no tensor's bytes are hit")
+                ]
+        for name, told in manifest["tensors"].items():
+            wrong = flaw(told["shape"], [piece.extent for piece in self.pieces(name)])
+            damages += [Damage(self.path / MANIFEST, wrong, name)] if wrong else []
         known = {MANIFEST, *manifest["files"]}
         damages += [Damage(p, "does not belong to this checkpoint") for p in sorted(self.path.iterdir()) if p.name not in known]
         return damages
 
     def _damaged_tensors(self, file: str) -> Iterator[Damage]:
-        path = self.path / file
-        try:
-            for name, tensor in self._read(file):
-                if tensor_checksum(tensor) != self.manifest["tensors"][name]["xxh3"]:
-                    yield Damage(path, "its bytes are not the ones written", name)
-        except Exception as error:  # a flipped bit in the file's own header can break the parser anywhere
-            yield Damage(path, f"cannot be read ({error})")
+        for name in self.names():
+            for piece in self.pieces(name):
+                if piece.file == file:
+                    try:
+                        self._read(name, piece)
+                    except DamagedCheckpoint as error:
+                        yield from error.damages
 
-    def _read(self, file: str) -> Iterator[tuple[str, Tensor]]:
+    def _read(self, name: str, piece: Piece) -> Tensor:
+        """A piece as it is in its file, checked against its checksum the first time."""
+        path = self.path / piece.file
+        try:
+            file = self._file(piece.file)
+        except Exception as error:
+            raise DamagedCheckpoint([Damage(path, f"cannot be read ({error})")]) from error
+        try:
+            tensor = file.get_tensor(piece.key)
+        except Exception as error:  # a flipped bit in the file's header can break the parser anywhere
+            raise DamagedCheckpoint([Damage(path, f"cannot be read ({error})", name)]) from error
+        if (piece.file, piece.key) not in self._sound:
+            if tensor.dtype != self.dtype(name) or tensor.numel() != piece.extent.numel or tensor_checksum(tensor) != piece.xxh3:
+                raise DamagedCheckpoint([Damage(path, "its bytes are not the ones written", name)])
+            self._sound.add((piece.file, piece.key))
+        return tensor
+
+    def _file(self, name: str) -> Any:
         from safetensors import safe_open
 
-        with safe_open(self.path / file, framework="pt") as opened:
-            for name, told in self.manifest["tensors"].items():
-                if told["file"] == file:
-                    yield name, opened.get_tensor(name)
+        if name not in self._files:
+            self._files[name] = safe_open(self.path / name, framework="pt")
+        return self._files[name]
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {}
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[Piece]]:
+        return {}
+
+    @cached_property
+    def _sound(self) -> set[tuple[str, str]]:
+        return set()
+
+    @torch.no_grad()
+    def read_into(self, name: str, target: Tensor, extent: Extent | None = None) -> None:
+        """Fills a stretch of a tensor from the pieces that have part of it; other pieces are not read. The target's dtype wins.
+
+        Args:
+            target: contiguous, ``extent.numel`` elements, on any device.
+            extent: where they lie in the whole tensor; None: the target is the whole tensor.
+
+        Raises:
+            DamagedCheckpoint: a piece is not as written, or the pieces do not hold every element once.
+            ValueError: there is no tensor of that name, or it has another shape.
+        """
+        extent = extent or Extent.whole(tuple(target.shape))
+        if mistakes := self.misfits([(name, extent.global_shape, None)]):
+            raise ValueError(f"{self.path}: {mistakes[0]}")
+        stretch = target if target.device.type == "cpu" else torch.empty(extent.numel, dtype=self.dtype(name))
+        copied = 0
+        for piece in self.pieces(name):
+            if next(common(extent, piece.extent), None) is not None:
+                copied += copy_overlap(stretch, extent, self._read(name, piece), piece.extent)
+        if copied != extent.numel:
+            told = f"its pieces hold {copied} elements of a stretch of {extent.numel}"
+            raise DamagedCheckpoint([Damage(self.path / MANIFEST, told, name)])
+        if stretch is not target:
+            target.copy_(stretch.view(target.shape))
+
+    def misfits(self, wanted: Iterable[tuple[str, tuple[int, ...], torch.dtype | None]], families: tuple[str, ...] = ()) -> list[str]:
+        """Everything that keeps the checkpoint from filling tensors of these names, shapes and dtypes (None: any).
+
+        Args:
+            families: beginnings of names; a tensor of such a name that is not wanted is a mistake too.
+        """
+        mistakes, known = [], set()
+        for name, shape, dtype in wanted:
+            known.add(name)
+            if name not in self:
+                mistakes.append(f"lacks {name}")
+            elif self.shape(name) != tuple(shape):
+                mistakes.append(f"{name} has shape {list(self.shape(name))} instead of {list(shape)}")
+            elif dtype not in (None, self.dtype(name)):
+                mistakes.append(f"{name} is {self.dtype(name)} instead of {dtype}")
+        besides = [name for family in families for name in self.names(family) if name not in known]
+        return mistakes + [f"has {name} besides" for name in besides]
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Tensors whose names begin with ``prefix``, without it, on the CPU; each checked against its checksum.
+        """Tensors whose names begin with ``prefix``, without it, whole and on the CPU; each piece is checked against its checksum.
 
         Raises:
             DamagedCheckpoint: naming every tensor that is not as written.
         """
         found: dict[str, Tensor] = {}
         damages: list[Damage] = []
-        for file in sorted({told["file"] for name, told in self.manifest["tensors"].items() if name.startswith(prefix)}):
+        for name in self.names(prefix):
+            tensor = found[name[len(prefix) :]] = torch.empty(self.shape(name), dtype=self.dtype(name))
             try:
-                for name, tensor in self._read(file):
-                    if not name.startswith(prefix):
-                        continue
-                    if tensor_checksum(tensor) != self.manifest["tensors"][name]["xxh3"]:
-                        damages.append(Damage(self.path / file, "its bytes are not the ones written", name))
-                    found[name[len(prefix) :]] = tensor
-            except Exception as error:
-                damages.append(Damage(self.path / file, f"cannot be read ({error})"))
+                self.read_into(name, tensor)
+            except DamagedCheckpoint as error:
+                damages += error.damages
         if damages:
-            raise DamagedCheckpoint(damages)
+            raise DamagedCheckpoint(list(dict.fromkeys(damages)))
         return found
 
     @staticmethod
@@ -166,3 +269,12 @@ class Checkpoint:
         for path in gone:
             shutil.rmtree(path, ignore_errors=True)
         return gone
+
+
+def _upgraded(body: Mapping) -> dict:
+    """A manifest of format 1, where every tensor is whole in one file, as one of today."""
+    tensors = {}
+    for name, told in body["tensors"].items():
+        piece = Piece(told["file"], name, told["xxh3"], Extent.whole(tuple(told["shape"])))
+        tensors[name] = {"dtype": told["dtype"], "shape": told["shape"], "pieces": [piece.record()]}
+    return {**body, "tensors": tensors}

@@ -4,61 +4,75 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from refractor_core.checkpoint.pieces import Holding, Piece, assign, flaw
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
-def write(directory: Path, step: int, tensors: Mapping[str, Tensor], state: dict, world: Axis) -> Path:
-    """Writes ``directory/step-00000100`` from every rank's tensors; collective over ``world``.
+def write(directory: Path, step: int, held: Iterable[Saved], state: dict, world: Axis) -> Path:
+    """Writes ``directory/step-00000100`` from what the ranks hold; collective over ``world``.
+
+    What several ranks hold is written by one of them, so that each element is stored once; which one, rank 0 decides for all.
 
     Args:
         directory: the run's ``checkpoints`` folder.
         step: updates done.
-        tensors: what this rank contributes, by unique name; names of different ranks must not meet.
+        held: this rank's stretches, one for each tensor name.
         state: JSON-able, taken from rank 0.
 
     Returns: the checkpoint's path, once it is complete, flushed to disk and in place.
 
     Raises:
         OSError: a rank could not write; every rank raises it, and nothing but the older checkpoints is left.
+        RuntimeError: the same, but the stretches are not every element of each tensor exactly once.
     """
-    final = directory / f"step-{step:08d}"
+    final, held = directory / f"step-{step:08d}", list(held)
     partial = directory / f".partial-{final.name}"
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    _barrier(world)
-    mine: dict = {}
+    told = gather([Holding.of(saved) for saved in held], world)
+    chosen = _scatter(assign(told) if told else [], world)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        mine = _write_file(partial / f"rank-{world.rank:05d}.safetensors", tensors)
+        written = _write_file(partial / f"rank-{world.rank:05d}.safetensors", _by_name([held[place] for place in chosen]))
+        written["chosen"] = chosen
     except Exception as error:  # told to every rank below: one that stops alone would leave the others waiting
-        mine = {"error": _told(error, world)}
-    entries = _gather(mine, world)
-    failure = next((entry["error"] for entry in entries if "error" in entry), None)
-    if failure is None and world.rank == 0:
+        written = {"error": _told(error, world)}
+    entries, failure = gather(written, world), None
+    if world.rank == 0:
+        failure = next((entry["error"] for entry in entries if "error" in entry), None)
         try:
-            _write_manifest(partial, final, step, state, entries)
+            if failure is None:
+                _write_manifest(partial, final, step, state, told, entries)
         except Exception as error:
             failure = _told(error, world)
-    failure = _gather(failure, world)[0]
+    failure = broadcast(failure, world)
     if failure is not None:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        told, of_the_disk = failure
+        reason, of_the_disk = failure
         mend = "free space or mend the disk" if of_the_disk else "this is a defect of REFRACTOR, please report it"
         kind = OSError if of_the_disk else RuntimeError
-        raise kind(f"could not write checkpoint {final}: {told}. Older checkpoints are untouched; {mend}")
+        raise kind(f"could not write checkpoint {final}: {reason}. Older checkpoints are untouched; {mend}")
     return final
+
+
+def _by_name(held: list[Saved]) -> dict[str, Tensor]:
+    found = {saved.name: saved.tensor.reshape(saved.extent.box_shape if saved.extent.is_box else -1) for saved in held}
+    assert len(found) == len(held), "a rank holds two stretches of one name"
+    return found
 
 
 def _told(error: Exception, world: Axis) -> tuple[str, bool]:
@@ -96,32 +110,20 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict:
     save_file(held, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    described = {}
     with safe_open(path, framework="pt") as written:
         for name, tensor in held.items():
             if not torch.equal(_bytes(written.get_tensor(name)), _bytes(tensor)):
                 raise OSError(f"{path}: tensor {name} reads back other than it was written")
-    for name, tensor in held.items():
-        described[name] = {
-            "file": path.name,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "xxh3": tensor_checksum(tensor),
-        }
-    return {"file": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}, "tensors": described}
+    checksums = {name: tensor_checksum(tensor) for name, tensor in held.items()}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "xxh3": checksums}
 
 
-def _write_manifest(partial: Path, final: Path, step: int, state: dict, entries: list[dict]) -> None:
-    files: dict = {}
-    tensors: dict = {}
-    for entry in entries:
-        files |= entry["file"]
-        twice = tensors.keys() & entry["tensors"].keys()
-        assert not twice, f"written by two ranks: {sorted(twice)[:3]}"
-        tensors |= entry["tensors"]
+def _write_manifest(partial: Path, final: Path, step: int, state: dict, held: list[list[Holding]], entries: list[dict]) -> None:
+    files = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries}
+    tensors = _described(held, entries)
     body = {"format": FORMAT, "step": step, "state": state, "files": files, "tensors": tensors}
     with (partial / MANIFEST).open("w") as file:
-        json.dump({"body": body, "sha256": seal(body)}, file, indent=1, sort_keys=True)
+        json.dump({"body": body, "sha256": seal(body)}, file, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
     flush_folder(partial)
@@ -129,6 +131,32 @@ def _write_manifest(partial: Path, final: Path, step: int, state: dict, entries:
         shutil.rmtree(final)
     partial.rename(final)
     flush_folder(final.parent)
+
+
+def _described(held: list[list[Holding]], entries: list[dict]) -> dict:
+    """The manifest's account of each tensor, from what the ranks say that they have written.
+
+    Raises:
+        ValueError: that is not every element of each tensor exactly once, or ranks differ about its shape or dtype.
+    """
+    pieces: dict[str, list[tuple[Holding, Piece]]] = {name: [] for name in sorted({h.name for holdings in held for h in holdings})}
+    for holdings, entry in zip(held, entries, strict=True):
+        for holding in (holdings[place] for place in entry["chosen"]):
+            piece = Piece(entry["file"], holding.name, entry["xxh3"][holding.name], holding.extent)
+            pieces[holding.name].append((holding, piece))
+    tensors, flaws = {}, [f"{name}: no rank wrote it" for name, found in pieces.items() if not found]
+    for name, found in ((name, found) for name, found in pieces.items() if found):
+        dtypes, shapes = {holding.dtype for holding, _ in found}, {holding.extent.global_shape for holding, _ in found}
+        if len(dtypes) > 1 or len(shapes) > 1:
+            flaws.append(f"{name}: written in shapes {sorted(shapes)} and formats {sorted(dtypes)}")
+            continue
+        shape = list(shapes.pop())
+        wrong = flaw(shape, [piece.extent for _, piece in found])
+        flaws += [f"{name}: {wrong}"] if wrong else []
+        tensors[name] = {"dtype": dtypes.pop(), "shape": shape, "pieces": [piece.record() for _, piece in found]}
+    if flaws:
+        raise ValueError(f"what the ranks wrote is not whole: {'; '.join(flaws[:10])}{' …' if len(flaws) > 10 else ''}")
+    return tensors
 
 
 def flush_folder(folder: Path) -> None:
@@ -140,14 +168,28 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _gather(value: object, world: Axis) -> list:
+def gather(value: object, world: Axis) -> list:
+    """Every rank's value, by rank, on rank 0; an empty list on the others."""
     if world.size == 1:
         return [value]
-    found: list = [None] * world.size
-    dist.all_gather_object(found, value, group=world.group)
+    found: list = [None] * world.size if world.rank == 0 else []
+    dist.gather_object(value, found or None, dst=world.ranks[0], group=world.group)
     return found
 
 
-def _barrier(world: Axis) -> None:
-    if world.size > 1:
-        dist.barrier(group=world.group)
+def broadcast(value: object, world: Axis) -> object:
+    """Rank 0's value."""
+    if world.size == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=world.ranks[0], group=world.group)
+    return found[0]
+
+
+def _scatter(values: list, world: Axis) -> Any:
+    """This rank's value of rank 0's list."""
+    if world.size == 1:
+        return values[0]
+    found: list = [None]
+    dist.scatter_object_list(found, values or None, src=world.ranks[0], group=world.group)
+    return found[0]

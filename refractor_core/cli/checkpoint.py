@@ -63,15 +63,14 @@ def _verify(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    import torch
-
     from refractor_core.checkpoint.model import find_checkpoint, load_model
     from refractor_core.model.hub import export_hub
+    from refractor_core.train.state import DTYPES
 
     checkpoint = find_checkpoint(Path(args.path))
-    held = checkpoint.manifest["tensors"]
-    dtype = next((told["dtype"] for key, told in held.items() if key.startswith("model.")), "float32")
-    model = load_model(checkpoint.path, getattr(torch, dtype), weights=args.weights)
+    stored = checkpoint.names("model.")  # imported: in the format that they came in
+    dtype = checkpoint.dtype(stored[0]) if stored else DTYPES[checkpoint.state.get("precision", "fp32")]
+    model = load_model(checkpoint.path, dtype, weights=args.weights)
     export_hub(model, Path(args.target), family=args.family)
     print(f"wrote {args.target}")
     return 0

@@ -17,6 +17,8 @@ from torch.autograd import Function
 
 from refractor_core.parallel.collectives import Exchange, all_to_all
 from refractor_core.parallel.mesh import Axis
+from refractor_kernels.check import without_values
+from refractor_kernels.experts import occurrences
 
 
 class Dispatch:
@@ -27,18 +29,32 @@ class Dispatch:
         indices_TK: int64 experts of each token.
         weights_TK: at least float32; a pair whose weight is exactly 0 is not sent.
         num_experts: E; consecutive experts lie on one rank.
+        load: in a dry run, whose tensors have no values, the rows that come to this rank's experts over an even share of all rows.
     """
 
-    def __init__(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, num_experts: int, expert: Axis, expert_tensor: Axis):
+    def __init__(
+        self,
+        x_TD: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        num_experts: int,
+        expert: Axis,
+        expert_tensor: Axis,
+        load: float = 1.0,
+    ):
         self._expert, self._inside, self._given = expert, expert_tensor, (x_TD, indices_TK, weights_TK)
         self._moves = expert.size > 1 or expert_tensor.size > 1
         if not self._moves:
             return
         chosen = indices_TK.masked_fill(weights_TK == 0, num_experts).flatten()  # dropped pairs sort behind all experts
-        count_E = torch.bincount(chosen, minlength=num_experts + 1)[:num_experts]
-        self._order_P = chosen.argsort(stable=True)[: int(count_E.sum())]
-        self._count_Re = _exchanged_counts(count_E.view(expert.size, -1), expert)
-        self._send, self._receive = count_E.view(expert.size, -1).sum(1).tolist(), self._count_Re.sum(1).tolist()
+        count_Re = occurrences(chosen, num_experts + 1)[:num_experts].view(expert.size, -1)
+        self._count_Re = _exchanged_counts(count_Re, expert)
+        if without_values(x_TD):
+            self._send = [(rank + 1) * len(chosen) // expert.size - rank * len(chosen) // expert.size for rank in range(expert.size)]
+            self._receive = [round(load * rows) for rows in self._send] if expert.size > 1 else self._send
+        else:
+            self._send, self._receive = count_Re.sum(1).tolist(), self._count_Re.sum(1).tolist()
+        self._order_P = chosen.argsort(stable=True)[: sum(self._send)]
         rows_PD = _Spread.apply(x_TD, self._order_P, indices_TK.shape[1])
         weights_P = weights_TK.flatten()[self._order_P]
         if expert.size == 1:
@@ -58,10 +74,11 @@ class Dispatch:
         x_MD, weights_M = self._arriving if self._way is None else (way.wait(t) for way, t in zip(self._way, self._arriving, strict=True))
         senders, own = self._count_Re.shape
         numbers = torch.arange(own, device=x_MD.device).repeat(senders)
-        indices_M = numbers.repeat_interleave(self._count_Re.flatten())
+        indices_M = numbers.repeat_interleave(self._count_Re.flatten(), output_size=len(x_MD))
         if self._inside.size > 1:
             own_R1 = torch.full((self._inside.size, 1), len(x_MD), device=x_MD.device)
-            self._rows = _exchanged_counts(own_R1, self._inside).flatten().tolist()
+            told = _exchanged_counts(own_R1, self._inside)
+            self._rows = [len(x_MD)] * self._inside.size if without_values(told) else told.flatten().tolist()
             x_MD, weights_M, indices_M = (self._gathered(t) for t in (x_MD, weights_M, indices_M))
         return x_MD, indices_M.unsqueeze(1), weights_M.unsqueeze(1)
 

@@ -23,7 +23,11 @@ from refractor_kernels import experts
 
 class Experts(nn.Module):
     """E SwiGLUs in two tensors, gate rows before up rows. The ``expert`` ranks share the experts, the ``expert_tensor`` ranks each
-    expert's width."""
+    expert's width.
+
+    Attributes:
+        assumed_load: rows that a dry run takes to arrive here, over an even share; real counts take no notice of it.
+    """
 
     def __init__(
         self,
@@ -44,11 +48,11 @@ class Experts(nn.Module):
         shape, blocks = (count, 2 * hidden, width), {1: (hidden, hidden)}
         self.gate_up_EFD = make(shape, std=config.init_std, splits={0: which, 1: inside}, blocks=blocks)
         self.down_EDF = make((count, width, hidden), std=residual_std, splits={0: which, 2: inside})
-        self.op, self.recompute = partial(experts, backend=kernels), recompute
+        self.op, self.recompute, self.assumed_load = partial(experts, backend=kernels), recompute, 1.0
 
     def dispatch(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Dispatch:
         """Sends tokens on their way to their experts; other work may be done before ``forward``."""
-        return Dispatch(x_TD, indices_TK, weights_TK, self.count, *self.axes)
+        return Dispatch(x_TD, indices_TK, weights_TK, self.count, *self.axes, self.assumed_load)
 
     def forward(self, tokens: Dispatch) -> Tensor:
         """[T, D]: the weighted sum of each token's experts."""

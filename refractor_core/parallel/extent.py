@@ -200,23 +200,3 @@ def copy_overlap(target: Tensor, at: Extent, source: Tensor, of: Extent) -> int:
         to.copy_(other.of(flat_source)[there])
         copied += to.numel()
     return copied
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A stretch of a tensor that this rank holds: what a checkpoint is written from and read into.
-
-    Args:
-        name: of the whole tensor, the same on every rank that holds part of it.
-        tensor: contiguous, ``extent.numel`` elements; loading changes it in place.
-        extent: where they lie in the whole.
-    """
-
-    name: str
-    tensor: Tensor
-    extent: Extent
-
-    @classmethod
-    def whole(cls, name: str, tensor: Tensor) -> "Saved":
-        """A tensor that this rank holds whole."""
-        return cls(name, tensor, Extent.whole(tuple(tensor.shape)))

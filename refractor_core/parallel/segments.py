@@ -25,6 +25,11 @@ class Saved:
     tensor: Tensor
     extent: Extent
 
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> "Saved":
+        """A tensor that this rank holds whole."""
+        return cls(name, tensor, Extent.whole(tuple(tensor.shape)))
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -15,6 +15,7 @@ from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
+from refractor_core.parallel.segments import Saved
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.flops import active_matrix_parameters, flops_per_token, peak_flops
 from refractor_core.train.records import Records
@@ -105,7 +106,8 @@ class Trainer:
             self.records.sync()
         try:
             figures = state.figures(self.config, self.plan)
-            path = write(self.directory.checkpoints, state.step, state.tensors(self.runtime.place.rank), figures, self.runtime.world)
+            held = [Saved.whole(name, tensor) for name, tensor in state.tensors(self.runtime.place.rank).items()]
+            path = write(self.directory.checkpoints, state.step, held, figures, self.runtime.world)
         except OSError as error:
             if must:
                 raise

@@ -5,6 +5,7 @@ or a hang costs the layout at which it happened; the others go on in a new set o
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import shutil
@@ -105,6 +106,7 @@ def _rank(rank: int, trial: Trial, layouts: Sequence[Layout], first: int, prepar
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=layout.world_size, timeout=waits)
             outcome = run_trial(trial, Mesh.create(layout, rank), prepare)
             dist.destroy_process_group()
+            gc.collect()  # a model's hooks refer to it in circles, and it to its groups, whose threads would eat all processor time
         except Exception:
             Path(f"{place}.error").write_text(traceback.format_exc())
             return

@@ -12,6 +12,7 @@ import torch
 from refractor_core.checkpoint import Checkpoint, DamagedCheckpoint, write
 from refractor_core.checkpoint import writer as writer_module
 from refractor_core.parallel.mesh import Axis, Layout, Mesh
+from refractor_core.parallel.segments import Saved
 
 ALONE = Axis("world")
 
@@ -28,8 +29,12 @@ def content() -> dict[str, torch.Tensor]:
     }
 
 
+def whole(tensors):
+    return [Saved.whole(name, tensor) for name, tensor in tensors.items()]
+
+
 def saved(folder, step=5):
-    return Checkpoint(write(folder, step, content(), {"tokens": 123}, ALONE))
+    return Checkpoint(write(folder, step, whole(content()), {"tokens": 123}, ALONE))
 
 
 def test_what_is_written_comes_back_bit_for_bit(tmp_path):
@@ -93,7 +98,8 @@ def test_harmed_files_are_found(tmp_path, name, harm):
 
 def test_a_file_of_another_checkpoint_is_found(tmp_path):
     one = saved(tmp_path / "a")
-    other = Checkpoint(write(tmp_path / "b", 5, {k: v + 1 if v.is_floating_point() else v for k, v in content().items()}, {}, ALONE))
+    changed = {k: v + 1 if v.is_floating_point() else v for k, v in content().items()}
+    other = Checkpoint(write(tmp_path / "b", 5, whole(changed), {}, ALONE))
     shutil.copy(other.path / "rank-00000.safetensors", one.path / "rank-00000.safetensors")
     assert {d.tensor for d in Checkpoint(one.path).verify()} >= {"model.weight", "master.weight"}
     extra = saved(tmp_path / "c")
@@ -141,7 +147,7 @@ def _on_rank(rank, folder, fail_on):
     if rank == fail_on:
         writer_module._write_file = lambda path, tensors: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     try:
-        return str(write(Path(folder), 3, {f"rank.{rank}": torch.full((2,), float(rank))}, {"by": rank}, world))
+        return str(write(Path(folder), 3, whole({f"rank.{rank}": torch.full((2,), float(rank))}), {"by": rank}, world))
     except OSError as error:
         return f"failed: {error}"
 
@@ -215,7 +221,7 @@ def test_a_manifest_cannot_name_files_of_others(tmp_path, file):
     checkpoint = saved(tmp_path)
     path = checkpoint.path / "manifest.json"
     body = json.loads(path.read_text())["body"]
-    body["tensors"]["model.weight"]["file"] = file
+    body["tensors"]["model.weight"]["pieces"][0]["file"] = file
     if not file.startswith("unlisted"):
         body["files"][file] = {"bytes": 0, "sha256": ""}
     path.write_text(json.dumps({"body": body, "sha256": writer_module.seal(body)}))

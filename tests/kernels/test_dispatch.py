@@ -76,9 +76,16 @@ def test_unknown_ops_and_backends_are_refused():
     with pytest.raises(ValueError, match="op='attend' is not one of attention"):
         rk.explain("attend")
     with pytest.raises(ValueError, match="backend='cuda' is not one of auto, torch"):
-        rk.swiglu(Q, backend="cuda")
-    with pytest.raises(ValueError, match="backend='triton' is not one of auto, torch"):
-        rk.explain("swiglu", Q, backend="triton")
+        rk.attention(Q, KV, KV, backend="cuda")
+    with pytest.raises(ValueError, match="backend='cudnn' is not one of auto, triton, torch"):
+        rk.explain("swiglu", Q, backend="cudnn")
+
+
+def test_a_machine_without_triton_or_cuda_is_told_why():
+    why = rk.explain("swiglu", Q)
+    assert why.startswith("swiglu: torch (not triton: ") and ("not installed" in why or "without CUDA" in why or "on cpu" in why)
+    with pytest.raises(ValueError, match="backend='triton' does not support these arguments: "):
+        rk.swiglu(Q, backend="triton")
 
 
 def test_a_registered_backend_runs_where_it_can_and_says_why_not():

@@ -13,6 +13,7 @@ from refractor_core import load_model
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.data import BatchPlan
 from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 from refractor_core.telemetry.records import StepLog, write_status
 from refractor_core.train import launch, loop
 from refractor_core.train.directory import RunDirectory
@@ -120,7 +121,7 @@ def test_a_longer_run_does_not_move_the_start_of_the_regret_loss(tiny_config):
 def test_imported_weights_in_a_run_directory_are_refused_with_the_way_to_use_them(tiny_config):
     run = tiny_config()
     state = {"step": 0, "tokens": 0, "model": {}}
-    write(Path(run.run.dir) / "checkpoints", 0, {"model.w": torch.zeros(1)}, state, Axis("world"))
+    write(Path(run.run.dir) / "checkpoints", 0, [Saved.whole("model.w", torch.zeros(1))], state, Axis("world"))
     with pytest.raises(ValueError, match="run.initial_weights"):
         tiny.train(run)
 

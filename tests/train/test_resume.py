@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from refractor_core.checkpoint import Checkpoint
+from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.config import ConfigError
+from refractor_core.parallel.mesh import Axis
+from refractor_core.parallel.segments import Saved
 from tests.train import tiny
 
 VARIANTS = {
@@ -75,10 +77,7 @@ def test_every_part_of_the_state_matters(tiny_config, undisturbed, lost):
     for name in tensors:
         if name.startswith(lost) and tensors[name].is_floating_point():
             tensors[name] = tensors[name] + 1e-3
-    from refractor_core.checkpoint import write
-    from refractor_core.parallel.mesh import Axis
-
-    write(newest.path.parent, newest.step, tensors, state, Axis("world"))
+    write(newest.path.parent, newest.step, [Saved.whole(name, t) for name, t in tensors.items()], state, Axis("world"))
     longer = tiny_config()
     tiny.train(longer)
     with pytest.raises(AssertionError):

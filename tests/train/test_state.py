@@ -7,6 +7,7 @@ import torch
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.parallel.mesh import Axis, Mesh
+from refractor_core.parallel.segments import Saved
 from refractor_core.train.place import Place
 from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
@@ -25,7 +26,7 @@ def test_all_of_the_state_comes_back(tiny_config, tmp_path):
     tensors, figures = {name: t.clone() for name, t in used.tensors(0).items()}, used.figures(config, plan)
     drawn = torch.rand(5)
 
-    path = write(Path(tmp_path), used.step, tensors, figures, Axis("world"))
+    path = write(Path(tmp_path), used.step, [Saved.whole(name, t) for name, t in tensors.items()], figures, Axis("world"))
     torch.manual_seed(1)
     fresh = TrainState.fresh(config, runtime)
     assert fresh.figures(config, plan) != figures

@@ -1,0 +1,46 @@
+"""What an accelerator's kernels keep and return, in sizes alone: dry runs on the meta device count these bytes.
+
+An op has a fake where its reference, a formula for every device, would hold more than a kernel does. The others' references run on the meta
+device as they are.
+Legend: B batch, S sequence, H query heads, D width of queries and keys, E width of values.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refractor_kernels import check
+
+
+class _Attention(torch.autograd.Function):
+    """Saved are the inputs, the output and the log-sum-exp; backward sums the queries' gradient in float32 at least (arXiv 2307.08691)."""
+
+    @staticmethod
+    def forward(ctx, q_BSHD, k_BSGD, v_BSGE):
+        batch, length, heads, _ = q_BSHD.shape
+        out_BSHE = v_BSGE.new_empty(batch, length, heads, v_BSGE.shape[-1])
+        lse_BHS = check.at_least_float32(q_BSHD.new_empty(0)).new_empty(batch, heads, length)
+        ctx.save_for_backward(q_BSHD, k_BSGD, v_BSGE, out_BSHE, lse_BHS)
+        return out_BSHE, lse_BHS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BSHE, grad_BHS):
+        q_BSHD, k_BSGD, v_BSGE, _, lse_BHS = ctx.saved_tensors
+        row_sums = torch.empty_like(lse_BHS)  # of out · its gradient
+        sum_BSHD = torch.empty_like(q_BSHD, dtype=lse_BHS.dtype, memory_format=torch.contiguous_format)
+        of_keys, of_values = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k_BSGD, v_BSGE))
+        del row_sums
+        return sum_BSHD.to(q_BSHD.dtype), of_keys, of_values
+
+
+def attention(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, *boundaries: Tensor | None, **options: object) -> Tensor:
+    """Flash attention's bytes: they grow with S, whatever the mask."""
+    return _Attention.apply(q_BSHD, k_BSGD, v_BSGE)[0]
+
+
+def attention_with_lse(
+    q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, *boundaries: Tensor | None, **options: object
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, with the log-sum-exp."""
+    return _Attention.apply(q_BSHD, k_BSGD, v_BSGE)

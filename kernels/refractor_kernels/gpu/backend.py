@@ -1,0 +1,49 @@
+"""Where Triton's kernels can run at all. Imports without Triton."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from refractor_kernels.gpu import tables
+
+HOW_TO_GET = "triton is not installed; get it with: pip install triton==3.6.0 'numpy<2.4'"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Read once, at import, as Triton does."""
+
+
+def _hindrance() -> str | None:
+    if find_spec("triton") is None:
+        return HOW_TO_GET
+    return None if INTERPRETED or torch.version.cuda else "this PyTorch is built without CUDA"
+
+
+HINDRANCE = _hindrance()
+"""Why no kernel can run in this process, or None."""
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def refusal(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], table: str, **sizes: int) -> str | None:
+    """Why no shipped configuration of ``table`` runs on ``x``, or None.
+
+    Args:
+        name: what the caller calls ``x``.
+        sizes: those that the table's buckets are keyed by.
+    """
+    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"{name} is on {x.device.type}"
+    if not INTERPRETED and _capability(x.device.index)[0] != 9:
+        return f"compute capability is {'.'.join(map(str, _capability(x.device.index)))}, and the tuning tables are for 9.0"
+    if x.dtype not in dtypes:
+        return f"{name} is {x.dtype}"
+    return tables.misfit(table, **sizes)
+
+
+def programs(device: torch.device, per_sm: int) -> int:
+    """How many programs of a persistent kernel run at once. In the interpreter few, so that each walks over several tiles."""
+    return 3 if INTERPRETED else per_sm * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,35 @@
+"""What the ahead-of-time check needs to know of a kernel beside its tuning table: argument types and the constants of its modes."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation, as a launch would make it.
+
+    Args:
+        types: by argument: ``*bf16`` a pointer (aligned to 16 bytes), ``i32`` a size, ``i32:16`` a size that 16 divides, ``fp32``,
+            ``tensordesc<bf16[128,64]>``, where names in braces are the bucket's constants.
+        constants: the kernel's modes.
+    """
+
+    label: str
+    types: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel, the name of its table, and its specialisations.
+
+    Args:
+        variants: by dtype and mode.
+        work: ``multiplies`` matrices, and must use the tensor cores, fed asynchronously; ``moves`` tensors, and must move 16 bytes at a
+            time; ``indexes``, on which neither is asked.
+    """
+
+    table: str
+    kernel: Any
+    variants: tuple[Variant, ...]
+    work: Literal["moves", "multiplies", "indexes"] = "moves"

@@ -1,0 +1,87 @@
+"""The ahead-of-time check: what is shipped passes, and what must not be shipped does not."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from refractor_kernels import hopper_check
+from refractor_kernels.gpu.backend import HOW_TO_GET
+from tests.components import missing
+from tests.house.tree import ROOT
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    """Python in the repository's root, with Triton compiling."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def check():
+    """``check(*arguments)`` runs the command."""
+    if find_spec("triton") is None:
+        missing(HOW_TO_GET)
+    return lambda *arguments: python("-m", "refractor_kernels.hopper_check", *arguments)
+
+
+def test_one_configuration_of_each_kernel_passes(check):
+    done = check("--json", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = json.loads(done.stdout)["kernels"]
+    assert {"kernel", "config", "registers", "spill_bytes", "shared_bytes", "wgmma", "tma", "passed"} <= set(kernels[0])
+    assert all(kernel["passed"] and kernel["registers"] > 0 and not kernel["spill_bytes"] for kernel in kernels)
+    assert len({kernel["kernel"] for kernel in kernels}) == len(kernels)
+
+
+def test_a_configuration_that_spills_fails(check):
+    """The backward of a norm over more columns than the table allows."""
+    program = "from refractor_kernels import hopper_check as h; from refractor_kernels.gpu import tables, norm\n"
+    program += "bad = tables.Bucket({}, {'ROWS': 1, 'BLOCK': 16384}, num_warps=16, num_stages=1)\n"
+    program += "print(h.examine(norm.SHIPPED[1], norm.SHIPPED[1].variants[0], bad).problem)"
+    done = python("-c", program)
+    assert "spills" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_passes(check):
+    done = check("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unknown_kernels_are_named(check):
+    done = check("rms_norm_sideways")
+    assert done.returncode == 2 and "rms_norm_sideways" in done.stderr and "rms_norm_forward" in done.stderr
+
+
+GOOD = {"work": "multiplies", "spill_bytes": 0, "shared_bytes": 232_448, "wgmma": 4, "fed": 8, "wide_share": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, ""),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 232_449}, "232449 bytes of shared memory"),
+        ({"wgmma": 0}, "no wgmma"),
+        ({"fed": 0}, "neither TMA nor cp.async"),
+        ({"work": "moves"}, "only 0% of the bytes"),
+        ({"work": "moves", "wide_share": 0.9, "wgmma": 0, "fed": 0}, ""),
+        ({"work": "indexes", "wgmma": 0, "fed": 0}, ""),
+    ],
+)
+def test_what_fails(change, told):
+    found = hopper_check.problem(**GOOD | change)
+    assert told in found and bool(told) == bool(found)
+
+
+def test_wide_accesses_are_counted():
+    wide = "@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\n@%p1 st.global.v4.b32 [ %rd2 + 0 ], { %r1, %r2, %r3, %r4 };\n"
+    narrow = "ld.global.L1::evict_last.b16 { %rs1 }, [ %rd1 + 0 ];\n"
+    assert hopper_check.wide_share(wide) == 1.0
+    assert hopper_check.wide_share(wide + 8 * narrow) == 0.5
+    assert hopper_check.wide_share(narrow) == 0.0
