@@ -27,7 +27,7 @@ from refractor_core.model.decoder import Decoder
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
 from refractor_core.optim.schedule import Schedule
-from refractor_core.parallel.sharding import initialise
+from refractor_core.parallel.sharding import fill_initial, initialise
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.loop import Trainer
 from refractor_core.train.place import Place
@@ -41,9 +41,10 @@ class BareLoop:
         self.config, self.step = config, 0
         self.batches = [plan.batch(i) for i in range(steps)]
         self.model = Decoder(config.model, dtype=torch.bfloat16)
-        masters = {name: p.detach().float() for name, p in self.model.named_parameters()}
-        initialise(self.model, config.run.seed, masters)
-        self.parameters, self.masters = list(self.model.parameters()), list(masters.values())
+        initialise(self.model, config.run.seed)
+        self.parameters, self.masters = list(self.model.parameters()), [p.detach().float() for p in self.model.parameters()]
+        for (name, p), master in zip(self.model.named_parameters(), self.masters, strict=True):
+            fill_initial(master, name, p, config.run.seed, p.spec.global_indices)
         matrices, others = [m for m in self.masters if m.ndim >= 2], [m for m in self.masters if m.ndim < 2]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         o = config.optimizer

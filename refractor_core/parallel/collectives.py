@@ -120,6 +120,26 @@ def start_sum(x: Tensor, axis: Axis, dim: int | None) -> Callable[[], Tensor]:
     return finish
 
 
+def start_sum_in_place(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Launches the sum over the axis into ``x``, contiguous, in its own format; None on an axis of size 1."""
+    return None if axis.size == 1 else dist.all_reduce(x, group=axis.group, async_op=True)
+
+
+def start_scattered_sum_in_place(flat: Tensor, axis: Axis) -> dist.Work | None:
+    """Launches the sum over the axis into this rank's slice of a flat tensor; the others lose their meaning. None on an axis of size 1."""
+    return None if axis.size == 1 else _reduce_scatter_single(own_slice(flat, axis), flat, group=axis.group, async_op=True)
+
+
+def start_gather_in_place(flat: Tensor, axis: Axis) -> dist.Work | None:
+    """Launches the gathering of every rank's own slice of a flat tensor into all of it; None on an axis of size 1."""
+    return None if axis.size == 1 else _all_gather_single(flat, own_slice(flat, axis), group=axis.group, async_op=True)
+
+
+def own_slice(flat: Tensor, axis: Axis) -> Tensor:
+    """This rank's slice of a flat tensor, as a view. The axis divides its length."""
+    return flat.view(axis.size, -1)[axis.rank]
+
+
 def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All slices along a dimension, without gradient."""
     return x if axis.size == 1 else _all_gathered(x.detach(), axis, dim)

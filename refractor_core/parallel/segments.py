@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from refractor_core.parallel.extent import Extent
+from refractor_core.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Segment:
     Args:
         name: of the parameter in the model.
         parameter: with its ``ShardSpec`` in ``spec``.
-        first, last: the stretch; not empty.
+        first, last: the stretch, which may be empty.
         gradient: its main gradients, flat, float32 at least; holds the sum over ranks after ``GradientBuffers.finish``.
         weight: the same stretch of the parameter itself, flat, in the parameter's dtype.
-        shard: name of the mesh axis whose ranks own the other segments of the piece.
+        shard: the ranks that own the other segments of the piece.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Segment:
     last: int
     gradient: Tensor
     weight: Tensor
-    shard: str
+    shard: Axis
 
     @property
     def extent(self) -> Extent:

@@ -6,7 +6,7 @@ queries, keys and values) a split must cut one by one. Every rank can then name 
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ class ShardSpec:
         blocks: dimension → sizes of the fused sub-blocks along it, each split by itself; they add up to the dimension.
         expert: the tensor lives on the expert grid.
         partial: tensor ranks that hold the same piece use it on different tokens or heads, so that their gradients are terms of a sum.
+        ends: first and last pipeline rank hold the tensor under one name, so that their gradients are terms of a sum too.
 
     Raises:
         ValueError: a dimension or block does not divide over its axes, or blocks do not add up.
@@ -39,6 +40,7 @@ class ShardSpec:
     blocks: Mapping[int, tuple[int, ...]]
     expert: bool = False
     partial: bool = False
+    ends: bool = False
 
     @property
     def reduced_over(self) -> str:
@@ -50,6 +52,13 @@ class ShardSpec:
         if self.expert:
             return "expert_data"
         return "dense" if self.partial else "data_context"
+
+    @property
+    def shared_over(self) -> tuple[str, str]:
+        """``reduced_over`` as two mesh axes: the ranks that divide the tensor's gradient and optimizer state, and the copies of these."""
+        if self.expert:
+            return "expert_shard", "expert_replicate"
+        return ("shard_dense" if self.partial else "shard_context"), "data_replicate"
 
     def __post_init__(self) -> None:
         for dim, sizes in self.blocks.items():
@@ -150,32 +159,40 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-def _normal_chunks(key: int, spec: ShardSpec) -> Iterator[tuple[int, Tensor]]:
-    """(first local index, standard normal float64 values): each a function of the key and the element's global index alone."""
-    count = math.prod(spec.local_shape)
-    for first in range(0, count, _CHUNK):
-        index = spec.global_indices(first, min(first + _CHUNK, count)).astype(np.uint64)
-        bits = _mix(np.uint64(key) + (index + np.uint64(1)) * _GOLDEN)
-        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        yield first, torch.erfinv(torch.from_numpy(2.0 * uniform - 1.0)) * math.sqrt(2.0)
+def main_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Format of main gradients and master weights for parameters of this format: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int, masters: Mapping[str, Tensor] | None = None) -> None:
-    """Fills every parameter made by ``parameter``: a value depends on (seed, name, global index), never on the layout.
+def fill_initial(target: Tensor, name: str, p: nn.Parameter, seed: int, indices: Callable[[int, int], np.ndarray]) -> None:
+    """Fills a contiguous tensor with initial values of a parameter: each a function of (seed, name, global index) alone.
 
-    The whole tensor is never built: memory beyond the parameters is a few chunks of 2^20 elements.
+    Memory beyond the target is a few chunks of 2^20 elements.
 
     Args:
-        masters: name → master weights, filled with the same values before a parameter's low precision rounds them.
+        target: of any stretch of the parameter, in any format.
+        name, p: the parameter, made by ``parameter``.
+        indices: global flat indices (int64) of elements [first, last) of the target.
+    """
+    if p.init_std is None:
+        target.fill_(p.init_fill)
+        return
+    key = np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little"))
+    flat = target.view(-1)
+    for first in range(0, flat.numel(), _CHUNK):
+        last = min(first + _CHUNK, flat.numel())
+        bits = _mix(key + (indices(first, last).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        normal = torch.erfinv(torch.from_numpy(2.0 * uniform - 1.0)) * math.sqrt(2.0)
+        # Low precision is rounded from the master weight's format, so that a parameter always is its rounded master.
+        flat[first:last] = (normal * p.init_std).to(main_dtype(target.dtype))
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fills every parameter made by ``parameter``: a value depends on (seed, name, global index), never on the layout.
+
+    The whole tensor is never built.
     """
     for name, p in module.named_parameters():
-        targets = [p, masters[name]] if masters and masters[name] is not p else [p]
-        if p.init_std is None:
-            for target in targets:
-                target.fill_(p.init_fill)
-            continue
-        key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
-        for first, values in _normal_chunks(key, p.spec):
-            for target in targets:
-                target.view(-1)[first : first + len(values)] = values * p.init_std
+        fill_initial(p.detach(), name, p, seed, p.spec.global_indices)

@@ -1,8 +1,10 @@
 """Everything that a resumed run must have back, bit for bit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from refractor_core.checkpoint import Checkpoint
@@ -11,10 +13,11 @@ from refractor_core.config import RunConfig
 from refractor_core.data import BatchPlan
 from refractor_core.model.decoder import Decoder
 from refractor_core.optim.ema import Ema
-from refractor_core.optim.optimizer import Optimizer
 from refractor_core.optim.scaler import LossScaler
-from refractor_core.parallel.gradients import GradientBuffers, main_dtype
-from refractor_core.parallel.sharding import initialise
+from refractor_core.parallel.extent import Extent, copy_overlap
+from refractor_core.parallel.segments import Saved
+from refractor_core.parallel.sharding import main_dtype
+from refractor_core.train.engine import Engine, Zero1, initial_values
 from refractor_core.train.runtime import Runtime
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,8 +36,7 @@ class TrainState:
     """
 
     model: Decoder
-    gradients: GradientBuffers
-    optimizer: Optimizer
+    engine: Engine
     ema: Ema | None
     scaler: LossScaler
     planned_steps: int
@@ -54,31 +56,24 @@ class TrainState:
             device=runtime.device,
         )
         torch.manual_seed(config.run.seed + runtime.place.rank)
-        gradients = GradientBuffers(model.parameters(), runtime.mesh.axis("data_context"))
-        optimizer = Optimizer(model.named_parameters(), config.optimizer)
-        if config.run.initial_weights is None:
-            initialise(model, config.run.seed, optimizer.masters)
-        else:
-            _take_weights(config.run.initial_weights, model, optimizer.masters)
-        ema = Ema(optimizer.masters, config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
-        return cls(model, gradients, optimizer, ema, LossScaler(config.precision), config.run.steps)
+        engine = Zero1(model, runtime.mesh, config.optimizer)
+        weights = config.run.initial_weights
+        engine.load(initial_values(model, config.run.seed) if weights is None else _given_weights(weights, model))
+        ema = Ema(engine.masters(), config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
+        return cls(model, engine, ema, LossScaler(config.precision), config.run.steps)
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
-        """What this rank writes: its random state, and on rank 0 all that the ranks hold in common."""
+        """What this rank writes: its random state, and on rank 0 all that the ranks hold together; collective."""
         found = {f"rng.{rank}.cpu": torch.get_rng_state()}
-        if self.gradients.device.type == "cuda":
+        if torch.cuda.is_initialized():
             found[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
+        held = _whole(self._kept())
         if rank == 0:
-            found |= {f"model.{name}": p for name, p in self._rounded().items()}
-            found |= {f"buffer.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
-            found |= self.optimizer.state_tensors()
-            if self.ema is not None:
-                found |= self.ema.state_tensors()
+            found |= {f"buffer.{name}": buffer for name, buffer in persistent_buffers(self.model).items()} | held
         return found
 
-    def _rounded(self) -> dict[str, Tensor]:
-        """Parameters that are a low-precision copy of their master; the others are saved as the master alone."""
-        return {name: p for name, p in self.model.named_parameters() if self.optimizer.masters.get(name) is not p}
+    def _kept(self) -> list[Saved]:
+        return self.engine.state() + (self.ema.state() if self.ema is not None else [])
 
     def figures(self, config: RunConfig, plan: BatchPlan) -> dict:
         """The JSON-able rest; with the config of the model as the last step ran it, a checkpoint can be read without its run."""
@@ -103,14 +98,15 @@ class TrainState:
             ValueError: the checkpoint lacks a tensor, or has one of another shape.
         """
         held = checkpoint.tensors()
-        copy_named(self._rounded(), _below(held, "model."), f"{checkpoint.path}: model")
         copy_named(persistent_buffers(self.model), _below(held, "buffer."), f"{checkpoint.path}: buffer")
-        self.optimizer.load_state_tensors({name: t for name, t in held.items() if name.startswith(("master.", "optimizer."))})
-        if self.ema is not None:
-            self.ema.load_state_tensors({name: t for name, t in held.items() if name.startswith("ema.")})
+        kept = {name: t for name, t in held.items() if name.startswith(("master.", "optimizer.", "ema."))}
+        _check({saved.name: saved.extent.global_shape for saved in self._kept()}, kept, str(checkpoint.path))
+        self.engine.load(lambda saved: _take(saved, kept[saved.name]))
+        for saved in self.ema.state() if self.ema is not None else ():
+            _take(saved, kept[saved.name])
         if f"rng.{rank}.cpu" in held:  # a rank that the saved run did not have keeps its fresh state
             torch.set_rng_state(held[f"rng.{rank}.cpu"])
-        if f"rng.{rank}.cuda" in held and self.gradients.device.type == "cuda":
+        if f"rng.{rank}.cuda" in held and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(held[f"rng.{rank}.cuda"])
         told = checkpoint.state
         self.step, self.tokens, self.skipped_in_row = told["step"], told["tokens"], told["skipped_in_row"]
@@ -118,11 +114,43 @@ class TrainState:
         self.scaler.load_state(told["scaler"])
 
 
-def _take_weights(path: str, model: Decoder, masters: dict[str, Tensor]) -> None:
-    """Copies the weights at ``path`` into the model, and unrounded into the masters."""
-    given = load_model(path, main_dtype(next(model.parameters()).dtype))
-    for targets in (dict(model.named_parameters()), masters):
-        copy_named(targets, dict(given.named_parameters()), f"run.initial_weights = {path}")
+def _given_weights(path: str, model: Decoder) -> Callable[[Saved], None]:
+    """For ``Engine.load``: the weights at ``path`` as masters.
+
+    Raises:
+        ValueError: they are not of this model.
+    """
+    given = dict(load_model(path, main_dtype(next(model.parameters()).dtype)).named_parameters())
+    whole = Decoder(model.config, device="meta")
+    _check({name: tuple(p.shape) for name, p in whole.named_parameters()}, given, f"run.initial_weights = {path}", all_of_them=True)
+
+    def fill(saved: Saved) -> None:
+        if saved.name.startswith("master."):
+            _take(saved, given[saved.name.removeprefix("master.")])
+
+    return fill
+
+
+def _take(saved: Saved, whole: Tensor) -> None:
+    """Fills a record from the whole tensor."""
+    piece = torch.empty(saved.tensor.shape, dtype=saved.tensor.dtype)
+    copy_overlap(piece, saved.extent, whole, Extent.whole(tuple(whole.shape)))
+    saved.tensor.copy_(piece)
+
+
+def _whole(kept: list[Saved]) -> dict[str, Tensor]:
+    """Every rank's records joined into whole tensors; collective over the world."""
+    mine = [Saved(saved.name, saved.tensor.cpu(), saved.extent) for saved in kept]
+    by_rank: list = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        by_rank = [None] * dist.get_world_size()
+        dist.all_gather_object(by_rank, mine)
+    found: dict[str, Tensor] = {}
+    for saved in (saved for records in by_rank for saved in records):
+        shape = saved.extent.global_shape
+        target = found.setdefault(saved.name, torch.empty(shape, dtype=saved.tensor.dtype))
+        copy_overlap(target, Extent.whole(shape), saved.tensor, saved.extent)
+    return found
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -138,15 +166,19 @@ def copy_named(targets: dict[str, Tensor], sources: dict[str, Tensor], where: st
     Raises:
         ValueError: a name is missing or too many, or a shape differs; every mistake is listed.
     """
-    mistakes = [f"lacks {name}" for name in targets.keys() - sources.keys()]
-    mistakes += [f"has {name} besides" for name in sources.keys() - targets.keys()]
-    for name in targets.keys() & sources.keys():
-        wanted, found = tuple(targets[name].shape), tuple(sources[name].shape)
-        mistakes += [f"{name} has shape {found} instead of {wanted}"] if wanted != found else []
-    if mistakes:
-        raise ValueError(f"{where}: does not fit this model: " + "; ".join(sorted(mistakes)))
+    _check({name: tuple(target.shape) for name, target in targets.items()}, sources, where, all_of_them=True)
     for name, target in targets.items():
         target.copy_(sources[name])
+
+
+def _check(shapes: dict[str, tuple[int, ...]], sources: dict[str, Tensor], where: str, all_of_them: bool = False) -> None:
+    mistakes = [f"lacks {name}" for name in shapes.keys() - sources.keys()]
+    mistakes += [f"has {name} besides" for name in sources.keys() - shapes.keys() if all_of_them]
+    for name in shapes.keys() & sources.keys():
+        found = tuple(sources[name].shape)
+        mistakes += [f"{name} has shape {found} instead of {shapes[name]}"] if shapes[name] != found else []
+    if mistakes:
+        raise ValueError(f"{where}: does not fit this model: " + "; ".join(sorted(mistakes)))
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

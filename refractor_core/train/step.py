@@ -13,7 +13,6 @@ from refractor_core.model.moe import update_router_bias
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
 from refractor_core.objectives.totals import RouterTotals
-from refractor_core.optim.clipping import clip_, global_norm
 from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.mesh import Axis
 from refractor_core.train.requests import Request
@@ -67,20 +66,14 @@ class Stepper:
         state, config = self._state, self._config
         state.model.stretch(config.model_at(state.step).rope.scaling)
         losses, routers = self._backward(batch)
-        buffers = state.gradients.finish()
         scale = state.scaler.scale
-        if config.faults.nonfinite_at_step == state.step:
-            buffers[0].fill_(math.nan)
-        if scale != 1.0:
-            torch._foreach_mul_(buffers, 1.0 / scale)
-        norm = global_norm(buffers)
+        norm = state.engine.finish(math.nan if config.faults.nonfinite_at_step == state.step else scale)
         losses, sources, request = self._sum_over_ranks(losses, routers, batch, request)
         grad_norm = norm.item()  # here and just above, once a step, the device is waited for
         learning_rate = self._schedule.rate(state.step + 1)
         skipped = not math.isfinite(grad_norm)
         if not skipped:
-            clip_(buffers, norm, config.stability.gradient_clip_norm)
-            state.optimizer.step(learning_rate)
+            state.engine.update(learning_rate, norm, config.stability.gradient_clip_norm)
             if state.ema is not None:
                 state.ema.update()
             if config.model.moe is not None:
@@ -97,10 +90,10 @@ class Stepper:
         routers, losses = RouterTotals(), {}
         previous = state.model.previous_counts() if config.objectives.load_balance.scope == "global" else None
         micro_batches = list(batch.micro_batches(config.batch.micro_batch_size))
-        state.gradients.begin()
+        state.engine.begin()
         for i, micro in enumerate(micro_batches):
             if i == len(micro_batches) - 1:
-                state.gradients.last_micro_batch()
+                state.engine.last_micro_batch()
             head = state.model.head.weight
             micro = micro.to(head.device)
             output = state.model(micro.tokens_BS, micro.cu_seqlens)

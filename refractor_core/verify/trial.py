@@ -16,8 +16,9 @@ from refractor_core.model.moe import routers
 from refractor_core.model.router import Router
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
-from refractor_core.parallel.gradients import gradient_buffers, gradient_norm
+from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.sharding import initialise
 
 Prepare = Callable[[Decoder, Mesh], None]
@@ -84,15 +85,13 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
     losses = RouterLosses(config.objectives, config.run.steps)
     previous = model.previous_counts() if config.objectives.load_balance.scope == "global" else None
-    buffers = gradient_buffers(model, mesh)
-    for buffer in buffers:
-        buffer.begin()
+    buffers = GradientBuffers(model.named_parameters(), mesh)
+    buffers.begin()
     total, first, length = 0.0, 0, batch.tokens_BS.shape[1]
     size = config.batch.micro_batch_size
     for micro in batch.micro_batches(size):
         if first + size >= len(batch.tokens_BS):
-            for buffer in buffers:
-                buffer.last_micro_batch()
+            buffers.last_micro_batch()
         for follower in followers:
             follower.first = first
         output = model(micro.tokens_BS, micro.cu_seqlens)
@@ -101,12 +100,12 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         loss = loss + losses(output.routers, batch.sequences, length, config.run.steps, previous)[1].to(loss)
         loss.backward()
         total, first = total + loss.item(), first + size
-    for buffer in buffers:
-        buffer.finish()
+    norm = gradient_norm(buffers.finish(), mesh).item()
+    buffers.gather_gradients()
     pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for name, p in model.named_parameters()}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
-    return Outcome(total, mesh.axis("data").rank, pieces, gradient_norm(model, mesh).item(), routing, changed)
+    return Outcome(total, mesh.axis("data").rank, pieces, norm, routing, changed)
 
 
 def _model(trial: Trial, mesh: Mesh) -> Decoder:

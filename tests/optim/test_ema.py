@@ -1,12 +1,12 @@
 """The average is its closed form, survives a resume to the bit, and leaves the model as it was."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 
 from refractor_core.optim.ema import Ema
+from refractor_core.parallel.extent import Extent
+from refractor_core.parallel.segments import Saved
+from tests.optim.whole import copied, put
 
 
 def walk(steps, seed=0, dtype=torch.float64):
@@ -14,9 +14,14 @@ def walk(steps, seed=0, dtype=torch.float64):
     return [{"a": torch.randn(3, 2, generator=draw, dtype=dtype), "b": torch.randn(4, generator=draw, dtype=dtype)} for _ in range(steps)]
 
 
+def saved(weights):
+    """The weights as one process's masters."""
+    return [Saved(f"master.{name}", w, Extent.whole(tuple(w.shape))) for name, w in weights.items()]
+
+
 def averaged(points, decay):
     masters = {name: w.clone() for name, w in points[0].items()}
-    ema = Ema(masters, decay)
+    ema = Ema(saved(masters), decay)
     for point in points[1:]:
         for name, w in point.items():
             masters[name].copy_(w)
@@ -54,64 +59,26 @@ def test_resume_is_bit_exact():
     points = walk(12, dtype=torch.float32)
     whole, first = averaged(points, 0.9), averaged(points[:6], 0.9)
     masters = {name: w.clone() for name, w in points[5].items()}
-    second = Ema(masters, 0.9)
-    second.load_state_tensors({name: t.clone() for name, t in first.state_tensors().items()})
+    second = Ema(saved(masters), 0.9)
+    put(second.state(), copied(first.state()))
     for point in points[6:]:
         for name, w in point.items():
             masters[name].copy_(w)
         second.update()
-    assert all(torch.equal(t, second.state_tensors()[name]) for name, t in whole.state_tensors().items())
-    # The count of updates is part of the state: without it the first update after the resume would use 0.1.
-    forgetful = Ema(masters, 0.9)
-    with pytest.raises(ValueError, match="ema.updates is missing"):
-        forgetful.load_state_tensors({f"ema.{name}": t for name, t in first.averages.items()})
+    assert all(torch.equal(t, copied(second.state())[name]) for name, t in copied(whole.state()).items())
 
 
-class Model(nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.ones(3, 2, dtype=dtype)), nn.Parameter(torch.ones(4, dtype=dtype))
-        self.register_buffer("router_bias", torch.arange(4.0))
+def test_the_count_of_updates_is_part_of_the_state():
+    """Without it the first update after a resume would use 0.1."""
+    ema = averaged(walk(12), 0.9)
+    assert copied(ema.state())["ema.updates"].item() == 11
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fails", [False, True])
-def test_swapping_restores_every_bit_even_after_an_error(dtype, fails):
-    model, points = Model(dtype), walk(5, dtype=torch.float32)
-    ema = averaged(points, 0.9)
-    with torch.no_grad():
-        model.a.copy_(points[-1]["a"]), model.b.copy_(points[-1]["b"])
-    before, identity = copy.deepcopy(model.state_dict()), model.a
-    try:
-        with ema.swapped_in(model):
-            assert torch.equal(model.a, ema.averages["a"].to(dtype)) and not torch.equal(model.a, before["a"])
-            assert torch.equal(model.router_bias, before["router_bias"])
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert fails
-    assert model.a is identity
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+def test_what_is_saved_lies_where_the_master_lies():
+    masters = [Saved("master.a", torch.zeros(2), Extent((3, 2), (((0, 3),), ((0, 2),)), 4, 6))]
+    assert [(found.name, found.extent) for found in Ema(masters, 0.9).state()][0] == ("ema.a", masters[0].extent)
 
 
-def test_where_masters_are_the_parameters_swapping_leaves_the_average_alone():
-    model = Model(torch.float32)
-    ema = Ema(dict(model.named_parameters()), 0.9)
-    with torch.no_grad():
-        model.a.add_(1)
-    ema.update()
-    kept = ema.averages["a"].clone()
-    with ema.swapped_in(model):
-        pass
-    assert torch.equal(ema.averages["a"], kept) and torch.equal(model.a, torch.full((3, 2), 2.0))
-
-
-def test_mistakes_are_named():
-    ema = Ema(walk(1)[0], 0.9)
-    with pytest.raises(ValueError, match="ema.a is missing.*ema.c is unknown"):
-        ema.load_state_tensors({"ema.b": torch.zeros(4).double(), "ema.c": torch.zeros(1), "ema.updates": torch.tensor(1)})
-    with pytest.raises(ValueError, match="no parameter a, b"):
-        with ema.swapped_in(nn.Linear(1, 1)):
-            pass
+def test_a_decay_that_is_none_is_refused():
     with pytest.raises(ValueError, match="ema_decay = 1"):
-        Ema(walk(1)[0], 1.0)
+        Ema(saved(walk(1)[0]), 1.0)

@@ -5,8 +5,6 @@ Only the rank that runs a trial is changed, never the one process that it is com
 
 from dataclasses import replace
 
-import torch
-
 from refractor_core.model import attention
 from refractor_core.model.moe import Experts, MixtureOfExperts
 from refractor_core.objectives import language_model
@@ -51,9 +49,8 @@ def omit_experts_from_norm(model, mesh):
     """Megatron #5916: the gradient norm undercounts experts."""
     whole = trial.gradient_norm
 
-    def without(model, mesh):
-        dense = torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in model.named_parameters() if not p.spec.expert})
-        return whole(dense, mesh)
+    def without(segments, mesh):
+        return whole([segment for segment in segments if not segment.parameter.spec.expert], mesh)
 
     trial.gradient_norm = without
 
