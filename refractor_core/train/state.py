@@ -15,6 +15,7 @@ from refractor_core.model.decoder import Decoder
 from refractor_core.optim.ema import Ema
 from refractor_core.optim.scaler import LossScaler
 from refractor_core.parallel.extent import Extent, copy_overlap
+from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.segments import Saved
 from refractor_core.parallel.sharding import main_dtype
 from refractor_core.train.engine import Engine, Zero1, initial_values
@@ -56,7 +57,7 @@ class TrainState:
             device=runtime.device,
         )
         torch.manual_seed(config.run.seed + runtime.place.rank)
-        engine = Zero1(model, runtime.mesh, config.optimizer)
+        engine = make_engine(model, runtime.mesh, config)
         weights = config.run.initial_weights
         engine.load(initial_values(model, config.run.seed) if weights is None else _given_weights(weights, model))
         ema = Ema(engine.masters(), config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
@@ -112,6 +113,15 @@ class TrainState:
         self.step, self.tokens, self.skipped_in_row = told["step"], told["tokens"], told["skipped_in_row"]
         self.planned_steps = told["planned_steps"]
         self.scaler.load_state(told["scaler"])
+
+
+def make_engine(model: Decoder, mesh: Mesh, config: RunConfig) -> Engine:
+    """The engine that ``parallel.engine`` names, on a model whose parameters are not yet filled."""
+    if config.parallel.engine == "fsdp2":
+        from refractor_core.train.fsdp2 import Fsdp2  # half a second of torch that no other engine needs
+
+        return Fsdp2(model, mesh, config.optimizer, config.parallel.reshard_after_forward)
+    return Zero1(model, mesh, config.optimizer)
 
 
 def _given_weights(path: str, model: Decoder) -> Callable[[Saved], None]:
