@@ -16,6 +16,7 @@ from refractor_kernels.experts import experts
 from refractor_kernels.norm import rms_norm, rms_norm_residual
 from refractor_kernels.rotary import rotary
 from refractor_kernels.routing import route
+from refractor_kernels.span_attention import span_attention, span_attention_backward
 from refractor_kernels.swiglu import swiglu
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     "rms_norm_residual",
     "rotary",
     "route",
+    "span_attention",
+    "span_attention_backward",
     "swiglu",
 ]

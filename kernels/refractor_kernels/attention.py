@@ -10,13 +10,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from refractor_kernels import check, fakes
 from refractor_kernels.dispatch import Op
+from refractor_kernels.span_attention import causal_spans, span_attention
 
 _MASK_ELEMENTS = 1 << 25
-_QUERY_BLOCK = 512
 
 
 def document_ids(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
@@ -53,7 +52,7 @@ def _sdpa(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, scale: float, mask: Te
 
 def reference(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor | None, *, scale: float, window: int | None) -> Tensor:
     """PyTorch's fused attention. A mask is built only where boundaries or a window need one and it is small; long sequences go document
-    by document, or with a window in recomputed blocks of queries, so that memory grows with S and not with S²."""
+    by document, or with a window in tiles, so that memory grows with S and not with S²."""
     batch, length, heads, _ = q_BSHD.shape
     if batch * length == 0 or v_BSGE.shape[-1] == 0:
         return q_BSHD[..., :0].sum(-1, keepdim=True).expand(-1, -1, -1, v_BSGE.shape[-1]) + 0 * v_BSGE.sum()
@@ -70,48 +69,16 @@ def reference(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor
         bounds = cu_seqlens.tolist()
         pieces = [_sdpa(*(t[:, low:high] for t in flat), scale, None) for low, high in zip(bounds, bounds[1:], strict=False) if low < high]
         return torch.cat(pieces, dim=1).view(batch, length, heads, v_BSGE.shape[-1])
-    return _windowed(q_BSHD, k_BSGD, v_BSGE, ids_BS, scale, window)
-
-
-def _windowed(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, ids_BS: Tensor | None, scale: float, window: int) -> Tensor:
-    batch, length = q_BSHD.shape[:2]
-
-    def block(q, k, v, queries, keys):
-        return _sdpa(q, k, v, scale, _mask(ids_BS, batch, queries, keys, window, q.device))
-
-    pieces = []
-    for start in range(0, length, _QUERY_BLOCK):
-        queries = range(start, min(start + _QUERY_BLOCK, length))
-        keys = range(max(0, start - window + 1), queries.stop)
-        pieces.append(
-            checkpoint(  # else every block would keep its mask
-                block,
-                q_BSHD[:, queries.start : queries.stop],
-                k_BSGD[:, keys.start : keys.stop],
-                v_BSGE[:, keys.start : keys.stop],
-                queries,
-                keys,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        )
-    return torch.cat(pieces, dim=1)
+    return reference_with_lse(q_BSHD, k_BSGD, v_BSGE, cu_seqlens, scale=scale, window=window)[0]
 
 
 def reference_with_lse(
     q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor | None, *, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The formula as it stands, in at least float32; memory grows with S²."""
-    batch, length, heads, width = q_BSHD.shape
-    groups = k_BSGD.shape[2]
-    q, k, v = (check.at_least_float32(t) for t in (q_BSHD, k_BSGD, v_BSGE))
-    ids_BS = None if cu_seqlens is None else document_ids(cu_seqlens, batch, length)
-    mask = _mask(ids_BS, batch, range(length), range(length), window, q.device)
-    q_BSGRD = q.view(batch, length, groups, heads // groups, width)
-    scores = (torch.einsum("bsgrd,btgd->bgrst", q_BSGRD, k) * scale).masked_fill(~mask.unsqueeze(2), float("-inf"))
-    lse = scores.logsumexp(-1)
-    out = torch.einsum("bgrst,btge->bsgre", (scores - lse.unsqueeze(-1)).exp(), v)
-    return out.reshape(batch, length, heads, v.shape[-1]).to(v_BSGE.dtype), lse.reshape(batch, heads, length)
+    """In tiles: memory grows with S."""
+    first_BS, last_BS = causal_spans(cu_seqlens, *q_BSHD.shape[:2], window, q_BSHD.device)
+    out, lse = span_attention(q_BSHD, k_BSGD, v_BSGE, first_BS, last_BS, scale=scale, backend="torch")
+    return out.to(v_BSGE.dtype), lse
 
 
 _ATTENTION = Op("attention", reference, fakes.attention)

@@ -39,6 +39,24 @@ def attention(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, *boundaries: Tenso
     return _Attention.apply(q_BSHD, k_BSGD, v_BSGE)[0]
 
 
+def span_attention(q_BSHD: Tensor, k_BKGD: Tensor, v_BKGE: Tensor, *spans: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """As ``attention_with_lse``, in float32 at least; the caller keeps what its backward needs."""
+    batch, length, heads, _ = q_BSHD.shape
+    wide = check.at_least_float32(q_BSHD.new_empty(0))
+    return wide.new_empty(batch, length, heads, v_BKGE.shape[-1]), wide.new_empty(batch, heads, length)
+
+
+def span_attention_backward(
+    grad_out_BSHE: Tensor, grad_lse_BHS: Tensor | None, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGE: Tensor, *others: Tensor, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three gradients in float32 at least, and while they are made the row sums of out · its gradient."""
+    wide = check.at_least_float32(q_BSHD.new_empty(0))
+    row_sums = wide.new_empty(q_BSHD.shape[:3])
+    of_queries, of_keys, of_values = (wide.new_empty(t.shape) for t in (q_BSHD, k_BKGD, v_BKGE))
+    del row_sums
+    return of_queries, of_keys, of_values
+
+
 def attention_with_lse(
     q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, *boundaries: Tensor | None, **options: object
 ) -> tuple[Tensor, Tensor]:

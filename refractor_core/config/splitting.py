@@ -16,7 +16,6 @@ def unsplit_axes(config: RunConfig, world_size: int | None) -> Iterator[Problem]
     for name, degree in (
         ("pipeline", parallel.pipeline),
         ("virtual_pipeline", parallel.virtual_pipeline),
-        ("context", parallel.context),
     ):
         if degree != 1:
             yield Problem(f"parallel.{name}", degree, f"must be 1: this decoder runs every layer on whole sequences; {name} comes later")
@@ -52,9 +51,25 @@ def _shared_by_tensor(config: RunConfig) -> list[tuple[str, Callable[[int], bool
     if moe and moe.num_shared_experts and model.moe_layers():
         found.append(divides("the shared experts' width", moe.num_shared_experts * moe.expert_hidden_size))
     if config.parallel.sequence or model.moe_layers():
-        length = math.gcd(*(stage.sequence_length for stage in config.curriculum.stages))
-        found.append(divides("every curriculum.stages.sequence_length: their greatest common divisor", length))
+        length, chunks = _length(config), 2 * config.parallel.context
+        told = "every curriculum.stages.sequence_length: their greatest common divisor"
+        if config.parallel.context > 1 and length % chunks == 0:
+            found.append(divides(f"each context chunk: {told} / {chunks}", length // chunks))
+        else:
+            found.append(divides(told, length))
     return found
+
+
+def _length(config: RunConfig) -> int:
+    return math.gcd(*(stage.sequence_length for stage in config.curriculum.stages))
+
+
+def context_divides(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    context, length = config.parallel.context, _length(config)
+    if context > 1 and length % (2 * context):
+        nearest = _nearest(context, max(length // 2, 1), lambda degree: degree == 1 or length % (2 * degree) == 0)
+        what = f"cuts sequences in 2 × context = {2 * context} chunks, which does not divide every curriculum.stages.sequence_length"
+        yield Problem("parallel.context", context, f"{what}: their greatest common divisor = {length}; the nearest degree is {nearest}")
 
 
 def experts_divide(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -74,4 +89,4 @@ def _nearest(degree: int, largest: int, fits: Callable[[int], bool]) -> int:
     return min((candidate for candidate in range(1, largest + 1) if fits(candidate)), key=lambda candidate: abs(candidate - degree))
 
 
-SPLITTING: tuple[rules.Rule, ...] = (unsplit_axes, sequence_split, tensor_divides, experts_divide)
+SPLITTING: tuple[rules.Rule, ...] = (unsplit_axes, sequence_split, tensor_divides, context_divides, experts_divide)

@@ -2,7 +2,8 @@
 
 Legend: B batch, S sequence, D model, H query heads, G key-value heads, W head width, L latent rank, R rotary width.
 Sources: grouped queries: arXiv 2305.13245; QK-norm per head: Qwen3, arXiv 2505.09388; over all heads and QKV clipping: OLMoE,
-arXiv 2409.02060; latent attention: DeepSeek-V2, arXiv 2405.04434, section 2.1. Tensor ranks share the heads.
+arXiv 2409.02060; latent attention: DeepSeek-V2, arXiv 2405.04434, section 2.1. Tensor ranks share the heads, context
+ranks the tokens: S counts this rank's.
 """
 
 from functools import partial
@@ -15,16 +16,18 @@ from refractor_core.config.model import ModelConfig, RopeConfig
 from refractor_core.model.layers import Linear, RMSNorm
 from refractor_core.model.rope import softmax_factor
 from refractor_core.parallel.collectives import gather
+from refractor_core.parallel.context import ALONE, ContextSplit
+from refractor_core.parallel.context_attention import context_attention
 from refractor_core.parallel.tensor import WHOLE, TensorSplit
-from refractor_kernels import attention, rotary
+from refractor_kernels import rotary
 
 
 class _Attention(nn.Module):
     """What both kinds share: the core, recomputed in the backward pass if asked to."""
 
-    def __init__(self, config: ModelConfig, scale: float, *, recompute: bool, kernels: str):
+    def __init__(self, config: ModelConfig, scale: float, *, recompute: bool, kernels: str, context: ContextSplit):
         super().__init__()
-        self.core = partial(attention, scale=scale, window=config.attention.sliding_window, backend=kernels)
+        self.core = partial(context_attention, split=context, scale=scale, window=config.attention.sliding_window, backend=kernels)
         self.rotate = partial(rotary, interleaved=config.rope.interleaved, backend=kernels)
         self.recompute = recompute
 
@@ -65,6 +68,7 @@ class GroupedQueryAttention(_Attention):
         dtype: torch.dtype,
         device: torch.device | str,
         split: TensorSplit = WHOLE,
+        context: ContextSplit = ALONE,
     ):
         width, heads, groups = config.head_width, config.num_heads, config.kv_heads
         if heads % groups:
@@ -72,7 +76,7 @@ class GroupedQueryAttention(_Attention):
         axis = split.axis
         if heads % axis.size or (groups % axis.size and axis.size % groups):
             raise ValueError(f"{heads} query and {groups} key-value heads do not divide over tensor={axis.size}")
-        super().__init__(config, width**-0.5, recompute=recompute, kernels=kernels)
+        super().__init__(config, width**-0.5, recompute=recompute, kernels=kernels, context=context)
         linear = partial(Linear, dtype=dtype, device=device)
         norm = partial(RMSNorm, epsilon=config.norm_epsilon, kernels=kernels, dtype=dtype, device=device)
         self.q_proj = linear(config.hidden_size, heads * width, std=config.init_std, rows=axis)
@@ -127,12 +131,13 @@ class LatentAttention(_Attention):
         dtype: torch.dtype,
         device: torch.device | str,
         split: TensorSplit = WHOLE,
+        context: ContextSplit = ALONE,
     ):
         latent, heads, axis = config.attention.latent, config.num_heads, split.axis
         if heads % axis.size:
             raise ValueError(f"{heads} heads do not divide over tensor={axis.size}")
         self_width = latent.qk_nope_head_dim + latent.qk_rope_head_dim
-        super().__init__(config, self_width**-0.5 * softmax_factor(config.rope), recompute=recompute, kernels=kernels)
+        super().__init__(config, self_width**-0.5 * softmax_factor(config.rope), recompute=recompute, kernels=kernels, context=context)
         linear = partial(Linear, std=config.init_std, dtype=dtype, device=device)
         outside = partial(linear, config.hidden_size, partial=split.partial)
         norm = partial(RMSNorm, epsilon=latent.norm_epsilon, partial=split.partial, kernels=kernels, dtype=dtype, device=device)

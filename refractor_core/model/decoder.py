@@ -1,7 +1,7 @@
 """The decoder: embedding, layers of attention and feed-forward, last norm, output head.
 
 Legend: B batch, S sequence, D model, V vocabulary, L layers with experts, E experts. The residual stream is [B, S, D], the same on all
-tensor ranks, or split over them along S under sequence parallelism.
+tensor ranks, or split over them along S under sequence parallelism; context ranks each have their own tokens of it.
 """
 
 from functools import partial
@@ -18,6 +18,7 @@ from refractor_core.model.moe import MixtureOfExperts, routers
 from refractor_core.model.output import Output, RouterStatistics
 from refractor_core.model.rope import angles, positions
 from refractor_core.parallel.collectives import join
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.tensor import TensorSplit
 
@@ -41,7 +42,7 @@ class DecoderLayer(nn.Module):
         norm = partial(RMSNorm, config.hidden_size, config.norm_epsilon, partial=split.partial, **common)
         kind = LatentAttention if config.attention.kind == "mla" else GroupedQueryAttention
         self.attention_norm = norm()
-        self.attention = kind(config, residual_std=residual_std, recompute=recompute, split=split, **common)
+        self.attention = kind(config, residual_std=residual_std, recompute=recompute, split=split, context=ContextSplit.of(mesh), **common)
         self.feed_forward_norm = norm()
         if index in config.moe_layers():
             self.feed_forward = MixtureOfExperts(config, index, mesh, residual_std=residual_std, recompute=recompute, **common)
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
         dtype: of parameters and activations; what is delicate is computed in at least float32.
 
     Raises:
-        ValueError: sizes that do not fit together, or not the layout; a layout with context or pipeline above 1.
+        ValueError: sizes that do not fit together, or not the layout; a layout with pipeline above 1.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
             raise ValueError(f"activation_checkpointing={activation_checkpointing!r} is not none, selective or full")
         common = {"dtype": dtype, "device": device}
         self.config, self.recompute_layers = config, activation_checkpointing == "full"
-        selective, self.split = activation_checkpointing == "selective", TensorSplit.of(mesh)
+        selective, self.split, self.context = activation_checkpointing == "selective", TensorSplit.of(mesh), ContextSplit.of(mesh)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, std=config.init_std, split=self.split, **common)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, mesh, recompute=selective, kernels=kernels, **common) for i in range(config.num_layers)
@@ -103,17 +104,18 @@ class Decoder(nn.Module):
     def forward(self, tokens_BS: Tensor, cu_seqlens: Tensor | None = None) -> Output:
         """
         Args:
-            tokens_BS: int64.
+            tokens_BS: int64, whole sequences: context ranks are given the same and take their own tokens, in the order of
+                ``ContextSplit.positions``.
             cu_seqlens: int32 [N+1], document boundaries in the flattened B·S tokens; every row begins a document. None: one document a
                 row. Attention stays within a document, and positions start anew in each.
 
         Raises:
-            ValueError: tokens that are not [B, S].
+            ValueError: tokens that are not [B, S], or do not divide over the context ranks.
         """
         if tokens_BS.dim() != 2:
             raise ValueError(f"tokens_BS has shape {tuple(tokens_BS.shape)}, expected [B, S]")
-        x = self.embedding(tokens_BS)
-        places = positions(cu_seqlens, *tokens_BS.shape, tokens_BS.device)
+        x = self.embedding(self.context.own(tokens_BS))
+        places = self.context.own(positions(cu_seqlens, *tokens_BS.shape, tokens_BS.device), -1)
         cos, sin = angles(self.config.rope, self.config.rotary_width, places, x.dtype)
         statistics = []
         for layer in self.layers:
@@ -156,6 +158,5 @@ class Decoder(nn.Module):
 
 
 def _refuse_axes(mesh: Mesh) -> None:
-    split = [f"{name}={mesh.axis(name).size}" for name in ("context", "pipeline") if mesh.axis(name).size > 1]
-    if split:
-        raise ValueError(f"this decoder holds every layer and sees whole sequences, but the layout splits them: {', '.join(split)}")
+    if mesh.axis("pipeline").size > 1:
+        raise ValueError(f"this decoder holds every layer, but the layout splits them: pipeline={mesh.axis('pipeline').size}")

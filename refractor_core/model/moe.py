@@ -15,6 +15,7 @@ from refractor_core.model.dispatch import Dispatch
 from refractor_core.model.layers import SwiGLU
 from refractor_core.model.output import RouterStatistics
 from refractor_core.model.router import Router
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.sharding import parameter
 from refractor_core.parallel.tensor import TensorSplit
@@ -65,7 +66,7 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Routed experts plus, if any, shared experts that every token visits, computed while routed tokens are under way.
 
-    Tensor ranks first divide the tokens among them, so that none is routed twice.
+    Tensor ranks first divide a context rank's tokens among them, so that none is routed twice.
 
     Shape: residual stream → (residual stream, the router's statistics).
     """
@@ -85,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         common = {"kernels": kernels, "dtype": dtype, "device": device}
         self.split = split = TensorSplit.of(mesh)
-        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, axis=split.axis, **common)
+        self.router = Router(config.hidden_size, config.moe, layer, std=config.init_std, split=ContextSplit.with_tensor(mesh), **common)
         self.experts = Experts(config, mesh, residual_std=residual_std, recompute=recompute, **common)
         shared, stds = config.moe.num_shared_experts * config.moe.expert_hidden_size, {"std": config.init_std, "residual_std": residual_std}
         self.shared = SwiGLU(config.hidden_size, shared, split=split, **stds, **common) if shared else None

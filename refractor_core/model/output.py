@@ -47,7 +47,8 @@ class Output:
     """The decoder's result for one micro batch.
 
     Args:
-        hidden_BSD: after the last norm, whole sequences. Tensor ranks use it with their own rows of the head: its gradient is their sum.
+        hidden_BSD: after the last norm, this context rank's tokens (whole sequences where there is one). Tensor ranks use
+            it with their own rows of the head: its gradient is their sum.
         routers: one entry per MoE layer, in order.
     """
 

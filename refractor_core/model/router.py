@@ -1,7 +1,7 @@
 """The router of a mixture-of-experts layer: its choice, its capacity, and its statistics.
 
 Where tokens are split over ranks along S, each rank chooses for its own, and statistics are those of all.
-Legend: B sequences, S tokens (of this rank), T = B·S, D model, E experts, K experts per token.
+Legend: B sequences, S tokens (of this rank), T = B·S, D model, E experts, K experts per token, N segments (see ``ContextSplit``).
 """
 
 import math
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from refractor_core.config.model import MoeConfig
 from refractor_core.model.output import RouterStatistics
-from refractor_core.parallel.collectives import reduce_from, sum_before
+from refractor_core.parallel.collectives import reduce_from
+from refractor_core.parallel.context import ALONE, ContextSplit
 from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import parameter
 from refractor_kernels import route
-
-ALONE = Axis("tensor")
-"""One rank has all tokens."""
 
 
 class Router(nn.Module):
@@ -32,7 +30,7 @@ class Router(nn.Module):
 
     Args:
         layer: index of the decoder layer, for the statistics.
-        axis: ranks that each sequence's tokens are split over, in order.
+        split: the ranks that each sequence's tokens are divided over.
     """
 
     def __init__(
@@ -45,11 +43,11 @@ class Router(nn.Module):
         kernels: str,
         dtype: torch.dtype,
         device: torch.device | str,
-        axis: Axis = ALONE,
+        split: ContextSplit = ALONE,
     ):
         super().__init__()
-        self.config, self.layer, self.axis = config, layer, axis
-        self.weight = parameter((config.num_experts, width), std=std, partial=axis.size > 1, dtype=dtype, device=device)
+        self.config, self.layer, self.split = config, layer, split
+        self.weight = parameter((config.num_experts, width), std=std, partial=split.tensor > 1, dtype=dtype, device=device)
         bias = None
         if config.bias_update_rate is not None:
             bias = torch.zeros(config.num_experts, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
@@ -79,7 +77,7 @@ class Router(nn.Module):
         Returns:
             weights_TK: at least float32; exactly 0 where a capacity drops the pair.
             indices_TK: int64.
-            statistics: of this micro batch, before any drop, summed over the axis.
+            statistics: of this micro batch, before any drop, summed over all ranks that have tokens of these sequences.
         """
         compute = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         logits_BSE = F.linear(x_BSD.to(compute), self.weight.to(compute))
@@ -87,7 +85,7 @@ class Router(nn.Module):
         chosen_BSE = torch.zeros_like(logits_BSE, dtype=torch.bool).flatten(0, 1).scatter_(1, indices_TK, True).view_as(logits_BSE)
         kept_TK = None
         if self.config.capacity_factor is not None:
-            kept_TK = within_capacity(chosen_BSE, indices_TK, self.config.capacity_factor, self.config.top_k, self.axis)
+            kept_TK = within_capacity(chosen_BSE, indices_TK, self.config.capacity_factor, self.config.top_k, self.split)
             weights_TK = weights_TK * kept_TK
         return weights_TK, indices_TK, self._statistics(logits_BSE, affinities_TE.view_as(logits_BSE), chosen_BSE, indices_TK, kept_TK)
 
@@ -117,8 +115,8 @@ class Router(nn.Module):
             "entropy": entropy,
             "dropped": dropped,
         }
-        tokens = logits_BSE.shape[0] * logits_BSE.shape[1] * self.axis.size
-        return RouterStatistics(layer=self.layer, tokens=tokens, top_k=config.top_k, **_summed(sums, self.axis))
+        tokens = logits_BSE.shape[0] * logits_BSE.shape[1] * self.split.axis.size
+        return RouterStatistics(layer=self.layer, tokens=tokens, top_k=config.top_k, **_summed(sums, self.split.axis))
 
     def _regret(self, affinities_TE: Tensor, indices_TK: Tensor, kept_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(hinge, bias, drop), see ``RouterStatistics``. What both sets share cancels, so sums over the sets serve as sums over their
@@ -150,16 +148,15 @@ def _summed(sums: dict[str, Tensor], axis: Axis) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def within_capacity(chosen_BSE: Tensor, indices_TK: Tensor, factor: float, top_k: int, axis: Axis = ALONE) -> Tensor:
+def within_capacity(chosen_BSE: Tensor, indices_TK: Tensor, factor: float, top_k: int, split: ContextSplit = ALONE) -> Tensor:
     """kept_TK bool: each expert takes the first ceil(factor · S · K / E) tokens of a sequence that chose it.
 
-    Positions decide, so what is kept depends neither on scores nor on what else is in the batch, nor on how the axis splits the sequence.
+    Positions decide, so what is kept depends neither on scores nor on what else is in the batch, nor on how ranks split the sequence.
     """
     experts = chosen_BSE.shape[2]
-    length = chosen_BSE.shape[1] * axis.size
+    own, length = len(split.segments[split.axis.rank]), chosen_BSE.shape[1] * split.axis.size
     capacity = math.ceil(factor * length * top_k / experts - 1e-9)  # the margin forgives 1.1 · 10 = 11.000000000000002
-    place_BSE = chosen_BSE.cumsum(1)
-    if axis.size > 1:
-        place_BSE = place_BSE + sum_before(place_BSE[:, -1], axis).unsqueeze(1)
-    kept_BSE = place_BSE <= capacity
-    return kept_BSE.view(-1, experts).gather(1, indices_TK)
+    place_BNSE = chosen_BSE.unflatten(1, (own, chosen_BSE.shape[1] // own)).cumsum(2)
+    if split.axis.size > 1:
+        place_BNSE += split.counted_before(place_BNSE[:, :, -1]).unsqueeze(2)
+    return (place_BNSE <= capacity).view(-1, experts).gather(1, indices_TK)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refractor_core.parallel.extent import Extent
 from refractor_core.parallel.segments import Saved
 
 
@@ -47,4 +46,4 @@ class Ema:
         """``ema.<parameter>``, and ``ema.updates``, an int64 number: the tensors themselves, not copies. Loading needs nothing more."""
         found = zip(self.averages.items(), self._masters, strict=True)
         averages = [Saved(f"ema.{name}", average, master.extent) for (name, average), master in found]
-        return [*averages, Saved("ema.updates", self._updates, Extent.whole(()))]
+        return [*averages, Saved.whole("ema.updates", self._updates)]

@@ -13,7 +13,6 @@ from torch import Tensor
 from refractor_core.config.training import OptimizerConfig
 from refractor_core.optim.adafactor import Adafactor
 from refractor_core.optim.adamw import AdamW
-from refractor_core.parallel.extent import Extent
 from refractor_core.parallel.segments import Saved, Segment
 from refractor_core.parallel.sharding import main_dtype
 
@@ -49,7 +48,7 @@ class Optimizer:
         lowered = [segment for segment in segments if self.masters[segment.name] is not segment.weight]
         self._low = [segment.weight for segment in lowered]
         self._low_masters = [self.masters[segment.name] for segment in lowered]
-        self._count = torch.zeros((), dtype=torch.int64)
+        self._count, self._saved_count = 0, torch.zeros((), dtype=torch.int64)
         rule = Adafactor if config.kind == "adafactor" else AdamW
         self._rule: Rule = rule(self._segments, list(self.masters.values()), config)
 
@@ -60,7 +59,8 @@ class Optimizer:
         A skipped step is one where this is not called: the count of steps stays.
         """
         self._count += 1
-        self._rule.step(learning_rate, int(self._count))
+        self._saved_count.fill_(self._count)
+        self._rule.step(learning_rate, self._count)
         self.write_back()
 
     @torch.no_grad()
@@ -76,11 +76,12 @@ class Optimizer:
 
     def state(self) -> list[Saved]:
         """Masters, ``optimizer.<parameter>.<slot>`` and ``optimizer.step``, an int64 number: the tensors themselves, not copies."""
-        return [*self.saved_masters(), *self._rule.state(), Saved("optimizer.step", self._count, Extent.whole(()))]
+        return [*self.saved_masters(), *self._rule.state(), Saved.whole("optimizer.step", self._saved_count)]
 
     def resume(self) -> None:
         """The tensors of ``state`` were overwritten: takes them up, and writes the masters into the parameters."""
-        self._rule.resume(int(self._count))
+        self._count = int(self._saved_count)
+        self._rule.resume(self._count)
         self.write_back()
 
 

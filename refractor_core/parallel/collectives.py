@@ -92,13 +92,6 @@ def max_over(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-def sum_before(x: Tensor, axis: Axis) -> Tensor:
-    """The exclusive scan: the sum over the ranks before this one; zeros on the first. Without gradient."""
-    if axis.size == 1:
-        return torch.zeros_like(x)
-    return _all_gathered(x.detach().unsqueeze(0), axis, 0)[: axis.rank].sum(0, dtype=x.dtype)
-
-
 def start_sum(x: Tensor, axis: Axis, dim: int | None) -> Callable[[], Tensor]:
     """Launches a sum over an axis of more than one rank, without gradient; calling what it returns waits for the result.
 

@@ -88,7 +88,7 @@ class GradientBuffers:
 
     def _bucket(self, group: list[tuple[str, nn.Parameter]]) -> _Bucket:
         first = group[0][1]
-        shard, copies = (self._mesh.axis(name) for name in first.spec.shared_over)
+        shard, copies = (self._mesh.axis(name) for name in first.spec.reduced_over)
         ends = self._mesh.axis("ends") if first.spec.ends else Axis("ends")
         places, size = {}, 0
         for name, p in group:
@@ -199,7 +199,7 @@ def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
     """Cuts parameters into buckets of those that the same ranks share, in the order in which the buckets fill; those of the ends last."""
     closed, open_groups = [], {}
     for name, p in named:
-        key = (p.spec.ends, p.spec.shared_over, p.dtype, p.device)
+        key = (p.spec.ends, p.spec.reduced_over, p.dtype, p.device)
         group = open_groups.setdefault(key, [])
         group.append((name, p))
         if sum(p.numel() for _, p in group) * main_dtype(p.dtype).itemsize >= _BUCKET_BYTES:

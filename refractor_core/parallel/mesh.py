@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from refractor_core.parallel.layout import Layout
 
+Groups = dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None]
+"""All ranks in groups → the one that this rank is in; ``None`` where it is alone."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -69,8 +72,13 @@ class Mesh:
         return cls.create(Layout(world_size=1), rank=0)
 
     @classmethod
-    def create(cls, layout: Layout, rank: int) -> "Mesh":
-        """Makes the process groups of every axis larger than one; collective over the default group, same order on every rank."""
+    def create(cls, layout: Layout, rank: int, made: Groups | None = None) -> "Mesh":
+        """Makes the process groups of every axis larger than one; collective over the default group, same order on every rank.
+
+        Args:
+            made: groups of earlier layouts of the same world, which are used again; new ones are added. The same on every rank.
+        """
+        made = {} if made is None else made
         dense, expert = layout.dense_grid, layout.expert_grid
         wanted = {name: (dense, (name,)) for name in dense} | {name: (expert, (name,)) for name in expert}
         wanted["data"] = (dense, ("data_replicate", "data_shard"))
@@ -84,7 +92,6 @@ class Mesh:
         wanted["world"] = (dense, tuple(dense))
         groups = {name: partition(grid, along) for name, (grid, along) in wanted.items()}
         groups["ends"] = _ends(partition(dense, ("pipeline",)))
-        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
         return cls(layout, rank, {name: _axis(name, ranks, rank, made) for name, ranks in groups.items()})
 
 
@@ -111,7 +118,7 @@ def _ends(pipelines: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return found
 
 
-def _axis(name: str, groups: list[tuple[int, ...]], rank: int, made: dict) -> Axis:
+def _axis(name: str, groups: list[tuple[int, ...]], rank: int, made: Groups) -> Axis:
     mine = next(ranks for ranks in groups if rank in ranks)
     group = None
     if any(len(ranks) > 1 for ranks in groups):

@@ -43,19 +43,13 @@ class ShardSpec:
     ends: bool = False
 
     @property
-    def reduced_over(self) -> str:
-        """Name of the mesh axis over which the tensor's gradient is summed: the one rule for every parameter.
+    def reduced_over(self) -> tuple[str, str]:
+        """Names of the two mesh axes over which the tensor's gradient is summed, the one rule for every parameter: the ranks that divide
+        its sum and its optimizer state among them, and the copies of these.
 
-        Experts see the tokens of all ranks of their block, so the other blocks are missing: ``expert_data``. A dense tensor sees the tokens
-        of its own data and context rank: ``data_context``; if its tensor ranks' gradients are partial, these too: ``dense``.
+        Experts see the tokens of all ranks of their block, so the other blocks are missing: together ``expert_data``. A dense tensor sees
+        the tokens of its own data and context rank: ``data_context``; if its tensor ranks' gradients are partial, these too: ``dense``.
         """
-        if self.expert:
-            return "expert_data"
-        return "dense" if self.partial else "data_context"
-
-    @property
-    def shared_over(self) -> tuple[str, str]:
-        """``reduced_over`` as two mesh axes: the ranks that divide the tensor's gradient and optimizer state, and the copies of these."""
         if self.expert:
             return "expert_shard", "expert_replicate"
         return ("shard_dense" if self.partial else "shard_context"), "data_replicate"

@@ -27,10 +27,10 @@ from refractor_core.model.moe import Experts
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
 from refractor_core.optim.ema import Ema
-from refractor_core.optim.optimizer import Optimizer
-from refractor_core.parallel.gradients import gradient_buffers
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.train.engine import Zero1
 from refractor_core.train.state import DTYPES
 
 Device = Literal["accelerator", "cpu"]
@@ -171,32 +171,28 @@ def _step(config: RunConfig, mesh: Mesh, given: Assumptions, counted: _Bytes) ->
     for module in model.modules():
         if isinstance(module, Experts):
             module.assumed_load = given.load
-    gradients = gradient_buffers(model, mesh)
-    optimizer = Optimizer(model.named_parameters(), config.optimizer)
-    average = Ema(optimizer.masters, config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None  # noqa: F841
+    engine = Zero1(model, mesh, config.optimizer)
+    average = Ema(engine.masters(), config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None  # noqa: F841
     weights = _bytes([*model.parameters(), *model.buffers()])
     main = _bytes(p.main_grad for p in model.parameters())
     lasting = counted.now()
     losses = RouterLosses(config.objectives, config.run.steps)
-    for buffer in gradients:
-        buffer.begin()
+    engine.begin()
     for i in range(given.micro_batches):
         micro = _micro_batch(config.batch.micro_batch_size, given, counted.device)
         if i == given.micro_batches - 1:
-            for buffer in gradients:
-                buffer.last_micro_batch()
+            engine.last_micro_batch()
         with counted.doing(f"forward of micro batch {i}"):
             output = model(micro.tokens_BS, micro.cu_seqlens)
             head, axis = model.head.weight, mesh.axis("tensor")
-            loss = language_model_loss(output, micro.labels_BS, head, micro.loss_tokens, kernels, axis)
+            loss = language_model_loss(output, ContextSplit.of(mesh).own(micro.labels_BS), head, micro.loss_tokens, kernels, axis)
             loss = loss + losses(output.routers, micro.sequences, given.sequence_length, config.run.steps)[1].to(loss)
             del output
         with counted.doing(f"backward of micro batch {i}"):
             loss.backward()
             del loss
     with counted.doing("reduction of gradients"):
-        for buffer in gradients:
-            buffer.finish()
+        engine.finish(1.0)
     return Footprint(
         weights,
         main,

@@ -6,8 +6,9 @@ backwards, the fault lies at or just above the wrong parameter that is nearest t
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,24 +26,43 @@ class Tolerance:
     """What rounding may do.
 
     Args:
-        gradient: ‖Δ‖ / max(‖g‖, ``floor`` · the largest parameter-gradient norm).
+        gradient: ‖Δ‖ / max(‖g‖, ``floor`` · the largest parameter-gradient norm), of parameters that ``parameters`` does not name.
         loss: relative.
         floor: below this share of the largest norm a gradient is rounding noise of the others.
+        parameters: name → tolerance of its own.
     """
 
     gradient: float
     loss: float
     floor: float
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dtype: torch.dtype) -> "Tolerance":
-        """float64: the project's promise. Below: a thousand of the format's epsilons, since sums over ranks round in another order, and
-        what one layer rounds the next ones carry on; but never more than a quarter, for a sum too many or too few changes a gradient by
-        a half or more."""
-        if dtype == torch.float64:
-            return cls(1e-9, 1e-12, 1e-6)
+    def exact(cls) -> "Tolerance":
+        """float64: the project's promise."""
+        return cls(1e-9, 1e-12, 1e-6)
+
+    @classmethod
+    def measured(cls, exact: Outcome, rounded: Outcome, dtype: torch.dtype) -> "Tolerance":
+        """Below float64: twice what one process in that format errs by, for sums over ranks round in another order, not worse.
+
+        One parameter's error may be small by luck, so none is held to less than the median; the loss, which is one number, to no less
+        than four epsilons. Never more than a quarter: a sum too many or too few changes a gradient by a half or more.
+
+        Args:
+            exact, rounded: one process in float64 and in the format, of the same rounded weights and the same routing.
+        """
         epsilon = torch.finfo(dtype).eps
-        return cls(gradient=min(0.25, 1000 * epsilon), loss=4 * epsilon, floor=max(1e-6, epsilon))
+        floor = max(1e-6, epsilon)
+        found = errors(exact, [rounded], floor)
+        usual = statistics.median(found.values())
+        bounds = {name: min(0.25, 2 * max(error, usual)) for name, error in found.items()}
+        loss = max(4 * epsilon, 2 * abs(rounded.loss - exact.loss) / abs(exact.loss))
+        return cls(min(0.25, 2 * max(found.values())), loss, floor, bounds)
+
+    def of(self, name: str) -> float:
+        """A parameter's."""
+        return self.parameters.get(name, self.gradient)
 
 
 @dataclass(frozen=True)
@@ -52,18 +72,20 @@ class Comparison:
     Args:
         loss_error: relative.
         errors: by parameter, in the model's order, as ``Tolerance.gradient`` measures them; ``NORM``'s is relative.
+        tolerance: what they are held to.
         culprit: what is likely at fault; empty where all is within the tolerance.
     """
 
     loss_error: float
     errors: dict[str, float]
+    tolerance: Tolerance
     passed: bool
     culprit: str
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The parameter with the largest error; the norm only where it alone is wrong."""
-        return max(self.errors.items(), key=lambda item: (_or_infinite(item[1]), item[0] != NORM))
+        """The parameter with the largest error for its tolerance; the norm only where it alone is wrong."""
+        return max(self.errors.items(), key=lambda item: (_or_infinite(item[1]) / self.tolerance.of(item[0]), item[0] != NORM))
 
 
 def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tolerance: Tolerance) -> Comparison:
@@ -77,15 +99,27 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
         losses[outcome.data_rank].append(outcome.loss)
     totals = [sum(picked) for picked in zip(*losses.values(), strict=True)]
     loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in totals)
-    largest = max(piece.gradient.double().norm().item() for piece in reference.pieces.values())
-    floor = tolerance.floor * largest
-    errors = {name: _error(piece.gradient, [o.pieces[name] for o in outcomes], floor) for name, piece in reference.pieces.items()}
-    errors[NORM] = max(_or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
-    wrong = [name for name, error in errors.items() if not error <= tolerance.gradient]
+    found = errors(reference, outcomes, tolerance.floor)
+    wrong = [name for name, error in found.items() if not error <= tolerance.of(name)]
     culprit = ""
     if wrong or loss_error > tolerance.loss:
         culprit = _culprit(reference, outcomes, layout, wrong, loss_error > tolerance.loss)
-    return Comparison(loss_error, errors, not culprit, culprit)
+    return Comparison(loss_error, found, tolerance, not culprit, culprit)
+
+
+def errors(reference: Outcome, outcomes: Sequence[Outcome], floor: float) -> dict[str, float]:
+    """By parameter, and the norm's, as ``Tolerance`` measures them.
+
+    Args:
+        outcomes: by rank.
+        floor: share of the largest parameter-gradient norm.
+    """
+    largest = max(piece.gradient.double().norm().item() for piece in reference.pieces.values())
+    found = {}
+    for name, piece in reference.pieces.items():
+        found[name] = _error(piece.gradient, [o.pieces[name] for o in outcomes if name in o.pieces], floor * largest)
+    found[NORM] = max(_or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
+    return found
 
 
 def expected(whole: Tensor, piece: Piece) -> Tensor:
@@ -171,9 +205,12 @@ def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
         "tensor": (dense, ("tensor",)),
         "expert": (expert, ("expert",)),
         "expert_tensor": (expert, ("expert_tensor",)),
+        "context": (dense, ("context",)),
         "data": (dense, data),
         "expert_data": (expert, ("expert_data",)),
         "data × tensor": (dense, (*data, "tensor")),
+        "data × context": (dense, (*data, "context")),
+        "context × tensor": (dense, ("context", "tensor")),
     }
     found = {name: partition(grid, axes) for name, (grid, axes) in along.items()}
     return {name: groups for name, groups in found.items() if len(groups[0]) > 1}

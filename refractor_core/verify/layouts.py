@@ -6,10 +6,14 @@ need no GPU.
 """
 
 import difflib
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -20,8 +24,11 @@ from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import layout_fits
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.verify import lattice
 from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
+from refractor_core.verify.ledger import Ledger, key_of
 from refractor_core.verify.pool import run_layouts
+from refractor_core.verify.progress import LatticeBar
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Prepare, Trial, run_trial, synthetic_batch
 
@@ -39,6 +46,8 @@ class LayoutResult:
         worst_gradient_error: ‖Δ‖ / max(‖g‖, 1e-6 · the largest parameter-gradient norm) of ``worst_parameter``.
         culprit: on failure, what is likely at fault.
         changed_routes: share of token-expert pairs that free routing would send elsewhere; below float64 one process's are replayed.
+        gradient_tolerance, loss_tolerance: what the two errors are held to.
+        seconds: that the layout took, its comparison included.
     """
 
     layout: str
@@ -49,6 +58,9 @@ class LayoutResult:
     passed: bool
     culprit: str = ""
     changed_routes: float = 0.0
+    gradient_tolerance: float = 0.0
+    loss_tolerance: float = 0.0
+    seconds: float = 0.0
 
     def record(self) -> dict[str, object]:
         """The JSON object that scripts read; an error that is not finite is a very large number, which JSON can hold."""
@@ -72,6 +84,8 @@ def verify_layouts(
     log: Callable[[str], None] = lambda line: None,
     timeout: float = 600.0,
     prepare: Prepare | None = None,
+    record: str | os.PathLike | None = None,
+    bar: bool = False,
 ) -> list[LayoutResult]:
     """Runs every layout and compares.
 
@@ -84,6 +98,11 @@ def verify_layouts(
         log: gets a line for each layout.
         timeout: seconds for one layout.
         prepare: see ``run_trial``; not called for the one process.
+        record: file of results (see ``verify.ledger``); layouts that it has for the same run, options and program are not run again.
+        bar: shows on stderr how far it is, how fast, and when it will be done.
+
+    Returns:
+        Results in the order of ``layouts``; they are run in the order of their worlds.
 
     Raises:
         ConfigError: the config, or layouts that do not fit it: every reason of every layout at once, before a process is started.
@@ -95,20 +114,58 @@ def verify_layouts(
     if shrink:
         config = shrunk(config, [layout for _, layout in found])
     trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype])
+    ledger = Ledger(record, key_of(trial.config, dtype, batch=_digest(trial.batch), fault=getattr(prepare, "__name__", None)), LayoutResult)
+    waiting = sorted((item for item in dict(found).items() if item[0] not in ledger), key=lambda item: item[1].world_size)
+    if len(waiting) < len(found):
+        log(f"{len(found) - len(waiting)} of {len(found)} layouts are on record")
+    with LatticeBar([layout.world_size for _, layout in waiting], log, shown=bar) as progress:
+        for result in _run(trial, waiting, dtype, prepare, timeout, progress.log):
+            ledger.add(result)
+            progress.advance(result.world_size, _line(result))
+    return [ledger[text] for text, _ in found]
+
+
+def _run(
+    trial: Trial, waiting: list[tuple[str, Layout]], dtype: str, prepare: Prepare | None, timeout: float, log: Callable[[str], None]
+) -> Iterator[LayoutResult]:
+    """Results as they come."""
+    if not waiting:
+        return
     reference = run_trial(trial, Mesh.single())
     log(f"one process: loss {reference.loss:.12g}, gradient norm {reference.norm:.12g}, {len(reference.pieces)} parameters, {dtype}")
-    if dtype != "float64":
+    tolerance = Tolerance.exact()
+    if trial.dtype != torch.float64:
         trial = replace(trial, routing=reference.routing)
-    results, tolerance = [], Tolerance.of(DTYPES[dtype])
-    for (text, layout), outcomes in zip(found, run_layouts(trial, [layout for _, layout in found], prepare, timeout), strict=True):
+        exact = run_trial(replace(trial, dtype=torch.float64, rounded=trial.dtype), Mesh.single())
+        reference, tolerance = exact, Tolerance.measured(exact, reference, trial.dtype)
+        log(f"of which float64 makes a loss of {exact.loss:.12g}; gradients are held to at most {tolerance.gradient:.1e} of float64's")
+    began = time.monotonic()
+    for (text, layout), outcomes in zip(waiting, run_layouts(trial, [layout for _, layout in waiting], prepare, timeout), strict=True):
+        limits = {"gradient_tolerance": tolerance.gradient, "loss_tolerance": tolerance.loss}
         if isinstance(outcomes, str):
-            result = LayoutResult(text, layout.world_size, math.inf, "", math.inf, False, outcomes)
+            result = LayoutResult(text, layout.world_size, math.inf, "", math.inf, False, outcomes, **limits)
         else:
             comparison = compare(reference, outcomes, layout, tolerance)
             result = _result(text, layout, comparison, max(outcome.changed for outcome in outcomes))
-        results.append(result)
-        log(_line(result))
-    return results
+        now = time.monotonic()
+        yield replace(result, seconds=round(now - began, 3))
+        began = now
+
+
+def lattice_of(path: str, ranks: int, overrides: Sequence[str] = (), *, cover: bool = False) -> list[str]:
+    """Every layout that the run can have on 2 to ``ranks`` ranks, as ``verify_layouts`` takes them.
+
+    Args:
+        cover: only a few that try every pair of choices.
+
+    Raises:
+        ConfigError: the config, whatever its layout.
+    """
+    found = lattice.legal_layouts(load_run(path, overrides, between_keys=WITHOUT_LAYOUT), ranks)
+    if cover:
+        choices = [lattice.layout_choices(parse_layout(text)[0]) for text in found]
+        found = [found[number] for number in sorted(lattice.cover(choices))]
+    return found
 
 
 def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
@@ -124,12 +181,13 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
             close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
             mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
             problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
-        elif name == "sequence" and value in ("true", "false"):
-            values[name] = value == "true"
-        elif name != "sequence" and value.isdecimal() and int(value) > 0:
-            values[name] = int(value)
+        elif words := _words(name):
+            values[name] = words.get(value)
+            told = f"expected {' or '.join(words)}"
         else:
-            told = "expected true or false" if name == "sequence" else "expected a whole number above 0"
+            values[name] = int(value) if value.isdecimal() and int(value) > 0 else None
+            told = "expected a whole number above 0"
+        if name in values and values[name] is None:
             problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
     if problems:
         raise ConfigError(problems)
@@ -139,6 +197,12 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
         return config, Layout.from_config(config, dense * config.data_shard)
     expert = config.pipeline * config.expert * config.expert_tensor
     return config, Layout.from_config(config, math.lcm(dense, expert))
+
+
+def _words(name: str) -> dict[str, object]:
+    """The values of a degree that is chosen by a word; empty where it is a number."""
+    kind = ParallelConfig.model_fields[name].annotation
+    return {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind) if isinstance(word, str)}
 
 
 def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]]:
@@ -176,9 +240,17 @@ def _batch(config: RunConfig, synthetic: bool) -> Batch:
     return synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, config.run.seed)
 
 
+def _digest(batch: Batch) -> str:
+    """Of the tokens and the documents that they lie in."""
+    return hashlib.sha256(batch.tokens_BS.numpy().tobytes() + batch.cu_seqlens.numpy().tobytes()).hexdigest()
+
+
 def _result(text: str, layout: Layout, comparison: Comparison, changed: float) -> LayoutResult:
     name, error = comparison.worst
-    return LayoutResult(text, layout.world_size, comparison.loss_error, name, error, comparison.passed, comparison.culprit, changed)
+    limits = comparison.tolerance.of(name), comparison.tolerance.loss
+    return LayoutResult(
+        text, layout.world_size, comparison.loss_error, name, error, comparison.passed, comparison.culprit, changed, *limits
+    )
 
 
 def _line(result: LayoutResult) -> str:

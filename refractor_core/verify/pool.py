@@ -1,7 +1,8 @@
 """Ranks of this machine that run trials one after another: gloo processes started by forkserver, which live as long as the list is.
 
-A rank starts once and joins a fresh process group for every layout, so a lattice of layouts pays for its processes only once. An error
-or a hang costs the layout at which it happened; the others go on in a new set of processes.
+A rank starts once, and process groups stay until a layout of another world size comes, so a lattice pays for its processes and their
+connections only once: give layouts in the order of their worlds. An error or a hang costs the layout at which it happened; the others go
+on in a new set of processes.
 """
 
 import faulthandler
@@ -9,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,11 +24,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from refractor_core.parallel.layout import Layout
-from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.mesh import Groups, Mesh
 from refractor_core.verify.trial import Outcome, Prepare, Trial, run_trial
 
 _PRELOAD = ["torch", "torch.distributed", "refractor_core.verify.trial"]
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.005
+_LAST_WORDS_SECONDS = 0.2
 
 
 def run_layouts(
@@ -80,7 +83,7 @@ def _wait_for(files: list[Path], processes: Sequence, deadline: float, folder: P
         time.sleep(_POLL_SECONDS)
         errors = sorted(folder.glob(f"{number}.*.error"))
         if errors:
-            time.sleep(4 * _POLL_SECONDS)  # the others' words, if they have any
+            time.sleep(_LAST_WORDS_SECONDS)  # of the others, if they have any
             return "\n".join(f"{path.stem.split('.')[1]}: {path.read_text().strip()}" for path in sorted(folder.glob(f"{number}.*.error")))
         dead = [str(rank) for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
         if dead:
@@ -93,22 +96,34 @@ def _wait_for(files: list[Path], processes: Sequence, deadline: float, folder: P
 def _rank(rank: int, trial: Trial, layouts: Sequence[Layout], first: int, prepare: Prepare | None, folder: str) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its ranks
     faulthandler.enable()
     torch.set_num_threads(1)
+    groups: Groups = {}
     for number in range(first, len(layouts)):
         layout = layouts[number]
-        if rank >= layout.world_size:
-            continue
         place = f"{folder}/{number}.{rank}"
         try:
-            meeting = f"file://{folder}/{number}.{first}.meeting-point"
-            waits = timedelta(hours=1)  # for the slowest rank; the parent watches the clock
-            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=layout.world_size, timeout=waits)
-            outcome = run_trial(trial, Mesh.create(layout, rank), prepare)
-            dist.destroy_process_group()
-            gc.collect()  # a model's hooks refer to it in circles, and it to its groups, whose threads would eat all processor time
+            if number == first or layout.world_size != layouts[number - 1].world_size:
+                groups.clear()
+                _join(layout.world_size, rank, f"file://{folder}/{number}.{first}.meeting-point")
+            if rank >= layout.world_size:
+                continue
+            outcome = run_trial(trial, Mesh.create(layout, rank, groups), prepare)
         except Exception:
             Path(f"{place}.error").write_text(traceback.format_exc())
             return
         torch.save(outcome, f"{place}.partial")
         os.replace(f"{place}.partial", f"{place}.result")
+        del outcome
+        gc.collect()  # a model's hooks refer to it in circles, and it to its groups, whose threads would eat all processor time
+
+
+def _join(world: int, rank: int, meeting: str) -> None:
+    """Leaves one world and, if this rank is in it, joins the next."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+    if rank < world:
+        waits = timedelta(hours=1)  # for the slowest rank; the parent watches the clock
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=waits)

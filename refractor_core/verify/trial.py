@@ -16,6 +16,7 @@ from refractor_core.model.moe import routers
 from refractor_core.model.router import Router
 from refractor_core.objectives.language_model import language_model_loss
 from refractor_core.objectives.router import RouterLosses
+from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.norm import gradient_norm
@@ -33,6 +34,7 @@ class Trial:
         config: the run, with every router objective on.
         batch: the global batch.
         dtype: of the model.
+        rounded: weights have values of this format; None: of ``dtype``.
         routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
     """
 
@@ -40,6 +42,7 @@ class Trial:
     batch: Batch
     dtype: torch.dtype
     routing: dict[int, Tensor] | None = None
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Outcome:
     """What one rank found.
 
     Args:
-        loss: sum over this rank's sequences, of which each tensor rank has the same.
-        data_rank: whose sequences these are.
+        loss: sum over this rank's tokens, of which each tensor rank has the same, and its share of the router objectives.
+        data_rank: whose tokens these are: place along data × context.
         pieces: by parameter.
         norm: of the whole gradient.
         routing: experts chosen, by layer, [B, S, K] of this rank's tokens.
@@ -87,7 +90,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     previous = model.previous_counts() if config.objectives.load_balance.scope == "global" else None
     buffers = GradientBuffers(model.named_parameters(), mesh)
     buffers.begin()
-    total, first, length = 0.0, 0, batch.tokens_BS.shape[1]
+    total, first, length, context = 0.0, 0, batch.tokens_BS.shape[1], ContextSplit.of(mesh)
     size = config.batch.micro_batch_size
     for micro in batch.micro_batches(size):
         if first + size >= len(batch.tokens_BS):
@@ -96,16 +99,17 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
             follower.first = first
         output = model(micro.tokens_BS, micro.cu_seqlens)
         head, axis = model.head.weight, mesh.axis("tensor")
-        loss = language_model_loss(output, micro.labels_BS, head, batch.loss_tokens, config.kernels, axis)
-        loss = loss + losses(output.routers, batch.sequences, length, config.run.steps, previous)[1].to(loss)
-        loss.backward()
-        total, first = total + loss.item(), first + size
+        loss = language_model_loss(output, context.own(micro.labels_BS), head, batch.loss_tokens, config.kernels, axis)
+        # Every context rank has the router objectives of whole sequences: a share of each is told, so that ranks' losses add up.
+        objectives = losses(output.routers, batch.sequences, length, config.run.steps, previous)[1].to(loss)
+        (loss + objectives).backward()
+        total, first = total + (loss + objectives / context.axis.size).item(), first + size
     norm = gradient_norm(buffers.finish(), mesh).item()
     buffers.gather_gradients()
     pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for name, p in model.named_parameters()}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
-    return Outcome(total, mesh.axis("data").rank, pieces, norm, routing, changed)
+    return Outcome(total, mesh.axis("data_context").rank, pieces, norm, routing, changed)
 
 
 def _model(trial: Trial, mesh: Mesh) -> Decoder:
@@ -113,6 +117,10 @@ def _model(trial: Trial, mesh: Mesh) -> Decoder:
     recompute = config.batch.activation_checkpointing
     model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
     initialise(model, config.run.seed)
+    if trial.rounded is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.to(trial.rounded))
     for router in routers(model):  # as if training had been under way: a bias that sways the choice, counts that are not uniform
         if router.expert_bias_E is not None:
             router.expert_bias_E.copy_(torch.linspace(-0.02, 0.02, len(router.expert_bias_E)))
@@ -134,12 +142,10 @@ class _Follower:
         self.layer, self.first, self.changed, self.pairs = router.layer, 0, 0, 0
         self._config, self._free, self._found = router.config, router.choose, {}
         self._rows = 0
-        rows, axis = len(batch.tokens_BS), router.axis
-        self._length = batch.tokens_BS.shape[1] // axis.size
+        rows, self._length = len(batch.tokens_BS), batch.tokens_BS.shape[1] // router.split.axis.size
         self._given = None
         if routing is not None:
-            own = routing[router.layer][rows * mesh.axis("data").rank :][:rows]
-            self._given = own[:, self._length * axis.rank :][:, : self._length]
+            self._given = router.split.own(routing[router.layer][rows * mesh.axis("data").rank :][:rows])
         router.choose = self._choose
 
     def _choose(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from refractor_kernels import attention, attention_with_lse
 from tests.kernels import oracles
 
 family = importlib.import_module("refractor_kernels.attention")  # the package holds a function of that name
+tiles = importlib.import_module("refractor_kernels.span_attention")
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 SHAPES = {
     "batch": st.integers(0, 3),
@@ -67,7 +68,9 @@ def test_long_sequences_take_another_way_to_the_same_result(window, documents, m
     run = lambda: oracles.values_and_gradients(lambda *t: attention(*t, cu, window=window), tensors)  # noqa: E731
     masked = run()
     monkeypatch.setattr(family, "_MASK_ELEMENTS", 0)
-    monkeypatch.setattr(family, "_QUERY_BLOCK", 5)
+    monkeypatch.setattr(tiles, "_TILE_QUERIES", 5)
+    monkeypatch.setattr(tiles, "_TILE_KEYS", 4)
+    monkeypatch.setattr(tiles, "_TILE", 0)
     oracles.assert_exact(run(), masked, 1e-13)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from refractor_kernels import attention, attention_with_lse, experts, linear_cross_entropy, route
+from refractor_kernels import attention, attention_with_lse, experts, linear_cross_entropy, route, span_attention
 from refractor_kernels.experts import occurrences
 
 
@@ -36,6 +36,11 @@ def test_all_ops_go_forward_and_backward(device):
     out, lse = attention_with_lse(q, k, v, bounds)
     (out.sum() + lse.sum()).backward()
     assert out.shape == q.shape and lse.shape == (2, 4, 64) and q.grad.shape == q.shape
+    first, last = (torch.empty(2, 64, dtype=torch.int64, device=device) for _ in range(2))
+    for backend in ("auto", "torch"):
+        out, lse = span_attention(q, k, v, first, last, backend=backend)
+        assert out.shape == q.shape and lse.shape == (2, 4, 64) and out.dtype == lse.dtype == torch.float32
+        (out.sum() + lse.sum()).backward()
     x, w = (torch.empty(rows, 32, dtype=torch.bfloat16, device=device, requires_grad=True) for rows in (128, 100))
     loss = linear_cross_entropy(x, w, torch.empty(128, dtype=torch.int64, device=device))
     weights, indices, _ = route(torch.empty(128, 8, device=device, requires_grad=True), top_k=2)

@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="activation_checkpointing='some'"):
         Decoder(GQA, activation_checkpointing="some")
     single = Mesh.single()
-    split = Mesh(Layout(world_size=1), 0, {**single.axes, "context": Axis("context", 2, 0, (0, 1))})
-    with pytest.raises(ValueError, match="context=2"):
+    split = Mesh(Layout(world_size=1), 0, {**single.axes, "pipeline": Axis("pipeline", 2, 0, (0, 1))})
+    with pytest.raises(ValueError, match="pipeline=2"):
         Decoder(GQA, mesh=split)
     Decoder(GQA, mesh=single)
     with pytest.raises(ValueError, match=r"tokens_BS has shape \(3,\)"):

@@ -16,7 +16,7 @@ def walk(steps, seed=0, dtype=torch.float64):
 
 def saved(weights):
     """The weights as one process's masters."""
-    return [Saved(f"master.{name}", w, Extent.whole(tuple(w.shape))) for name, w in weights.items()]
+    return [Saved.whole(f"master.{name}", w) for name, w in weights.items()]
 
 
 def averaged(points, decay):

@@ -117,4 +117,4 @@ def test_one_rule_says_over_which_axis_a_gradient_is_summed():
     cut = {0: (Axis("tensor", 2),), 1: (Axis("expert_tensor", 4),)}
     assert ShardSpec((8, 8), cut, {}).pieces == 8
     found = [ShardSpec((8, 8), {}, {}, expert, partial).reduced_over for expert, partial in ((False, False), (False, True), (True, False))]
-    assert found == ["data_context", "dense", "expert_data"]
+    assert found == [("shard_context", "data_replicate"), ("shard_dense", "data_replicate"), ("expert_shard", "expert_replicate")]

@@ -5,12 +5,15 @@ Only the rank that runs a trial is changed, never the one process that it is com
 
 from dataclasses import replace
 
-from refractor_core.model import attention
+import torch
+
+from refractor_core.model import attention, router
 from refractor_core.model.moe import Experts, MixtureOfExperts
 from refractor_core.objectives import language_model
-from refractor_core.parallel import tensor
+from refractor_core.parallel import context, context_attention, sharding, tensor
 from refractor_core.parallel.collectives import copy_to, gather, reduce_from
 from refractor_core.verify import trial
+from refractor_kernels.span_attention import causal_spans
 
 
 def _spec(model, ending, **changes):
@@ -82,8 +85,6 @@ def count_loss_once_per_tensor_rank(model, mesh):
 
 def statistics_of_own_tokens_only(model, mesh):
     """torchtitan #1750: the auxiliary losses differ by rank."""
-    from refractor_core.model import router
-
     router.reduce_from = lambda x, axis: x
 
 
@@ -106,3 +107,42 @@ def hang_on_rank_one(model, mesh):
 
     if mesh.rank == 1 and mesh.layout.tensor == 2:
         time.sleep(60)
+
+
+def leak_documents_over_context(model, mesh):
+    """TRL #6843: under context parallelism tokens look across the documents' boundaries."""
+    context_attention.causal_spans = lambda cu_seqlens, *sizes: causal_spans(None, *sizes)
+
+
+def lose_the_last_blocks_gradient(model, mesh):
+    """What the last block on the ring gives its owner's keys and values is dropped."""
+    whole, calls = context_attention.span_attention_backward, []
+
+    def forgetful(*args, **options):
+        calls.append(None)
+        of_q, of_k, of_v = whole(*args, **options)
+        return (of_q, of_k, of_v) if len(calls) % mesh.axis("context").size else (of_q, 0 * of_k, 0 * of_v)
+
+    context_attention.span_attention_backward = forgetful
+
+
+def count_capacity_in_rank_order(model, mesh):
+    """A scan over ranks, as if each held a run of neighbours."""
+    context.ContextSplit._order = lambda self, device: torch.arange(sum(map(len, self.segments)), device=device)
+
+
+def statistics_of_own_context_rank_only(model, mesh):
+    """The auxiliary losses see the tokens of one context rank."""
+    router.reduce_from = lambda x, axis: reduce_from(x, mesh.axis("tensor"))
+
+
+def scale_auxiliary_gradients_by_context(model, mesh):
+    """verl #6609: the auxiliary losses' gradients once for every rank that computes them."""
+    router.reduce_from = lambda x, axis: reduce_from(copy_to(x, axis), axis)
+
+
+def reduce_gradients_over_data_only(model, mesh):
+    """Context ranks keep their own tokens' gradients."""
+    sharding.ShardSpec.reduced_over = property(
+        lambda self: ("expert_shard", "expert_replicate") if self.expert else ("data_shard", "data_replicate")
+    )

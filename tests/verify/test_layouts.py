@@ -41,10 +41,37 @@ CASES = [
     (faults.count_loss_once_per_tensor_rank, "tensor=2", {}, r"head\.weight: exactly 2 times the right gradient.*tensor=2"),
     (faults.statistics_of_own_tokens_only, "tensor=2", {}, r"the loss itself is wrong"),
     (faults.scale_shared_experts, "tensor=2", {}, r"the loss itself is wrong"),
+    (faults.leak_documents_over_context, "context=2", {}, r"the loss itself is wrong"),
+    (faults.leak_documents_over_context, "context=2,context_exchange=all_gather", {}, r"the loss itself is wrong"),
+    (
+        faults.lose_the_last_blocks_gradient,
+        "context=2",
+        {},
+        r"backward pass alone.*nearest to the loss is layers\.1\.attention\.(k_norm|v_proj)\.weight",
+    ),
+    (
+        faults.count_capacity_in_rank_order,
+        "context=2",
+        {"model__moe__capacity_factor": 0.75},
+        r"the loss itself is wrong.*routing decision",
+    ),
+    (faults.statistics_of_own_context_rank_only, "context=2", {}, r"the loss itself is wrong"),
+    (
+        faults.scale_auxiliary_gradients_by_context,
+        "context=2",
+        {},
+        r"backward pass alone.*nearest to the loss is layers\.1\.feed_forward\.router\.weight",
+    ),
+    (
+        faults.reduce_gradients_over_data_only,
+        "context=2",
+        {},
+        r"head\.weight: the context ranks hold terms.*reduction over context is missing",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("fault", "layout", "changes", "message"), CASES, ids=[case[0].__name__ for case in CASES])
+@pytest.mark.parametrize(("fault", "layout", "changes", "message"), CASES, ids=[f"{case[0].__name__}-{case[1]}" for case in CASES])
 def test_a_planted_fault_is_caught_and_pointed_at(layouts_config, fault, layout, changes, message):
     (result,) = verify_layouts(layouts_config(**changes), [layout], prepare=fault)
     assert not result.passed
@@ -77,7 +104,7 @@ def test_command_prints_the_contract_and_exits_by_verdict(layouts_config, capsys
 
 def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, capsys):
     path = layouts_config()
-    asked = ["tensor=3,expert=8", "pipeline=2,context=2", "sequence=true", "tenor=2", "expert=two", "data_shard=3"]
+    asked = ["tensor=3,expert=8", "pipeline=2,context=3", "context_exchange=post", "sequence=true", "tenor=2", "expert=two", "data_shard=3"]
     assert main(["verify", "layouts", path, *(word for layout in asked for word in ("--layout", layout))]) == 2
     told = capsys.readouterr().err
     assert "one process" not in told  # nothing was run
@@ -85,8 +112,9 @@ def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, ca
         r"tensor=3,expert=8: parallel\.tensor = 3: does not divide model\.num_heads = 4; the nearest degree that fits everything is [24]",
         r"tensor=3,expert=8: parallel\.tensor = 3: does not divide .*num_kv_heads = 2",
         r"tensor=3,expert=8: parallel\.expert = 8: does not divide model\.moe\.num_experts = 4; the nearest degree that does is 4",
-        r"pipeline=2,context=2: parallel\.pipeline = 2: must be 1",
-        r"pipeline=2,context=2: parallel\.context = 2: must be 1",
+        r"pipeline=2,context=3: parallel\.pipeline = 2: must be 1",
+        r"pipeline=2,context=3: parallel\.context = 3: cuts sequences in 2 × context = 6 chunks.* = 16; the nearest degree is [24]",
+        r"context_exchange=post: parallel\.context_exchange = 'post': expected ring or all_gather",
         r"sequence=true: parallel\.sequence = True: splits over the tensor ranks",
         r"tenor=2: parallel\.tenor = '2': is not a degree; did you mean tensor\?",
         r"expert=two: parallel\.expert = 'two': expected a whole number",

@@ -1,7 +1,6 @@
 """Where Triton's kernels can run at all. Imports without Triton."""
 
 import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,18 +13,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _hindrance() -> str | None:
-    if find_spec("triton") is None:
+    if not INTERPRETED and not torch.version.cuda:
+        return "this PyTorch is built without CUDA"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
         return HOW_TO_GET
-    return None if INTERPRETED or torch.version.cuda else "this PyTorch is built without CUDA"
+    return None
 
 
 HINDRANCE = _hindrance()
 """Why no kernel can run in this process, or None."""
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def refusal(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], table: str, **sizes: int) -> str | None:
@@ -37,8 +35,10 @@ def refusal(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], table: str, *
     """
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"{name} is on {x.device.type}"
-    if not INTERPRETED and _capability(x.device.index)[0] != 9:
-        return f"compute capability is {'.'.join(map(str, _capability(x.device.index)))}, and the tuning tables are for 9.0"
+    if not INTERPRETED:
+        properties = torch.cuda.get_device_properties(x.device)  # a constant to torch.compile
+        if properties.major != 9:
+            return f"compute capability is {properties.major}.{properties.minor}, and the tuning tables are for 9.0"
     if x.dtype not in dtypes:
         return f"{name} is {x.dtype}"
     return tables.misfit(table, **sizes)
