@@ -27,10 +27,10 @@ from refractor_core.parallel.mesh import Mesh
 from refractor_core.verify import lattice
 from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
 from refractor_core.verify.ledger import Ledger, key_of
-from refractor_core.verify.pool import run_layouts
+from refractor_core.verify.pool import Job, run_layouts
 from refractor_core.verify.progress import LatticeBar
 from refractor_core.verify.shrink import shrunk
-from refractor_core.verify.trial import Prepare, Trial, run_trial, synthetic_batch
+from refractor_core.verify.trial import Outcome, Prepare, Trial, run_trial, synthetic_batch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 WITHOUT_LAYOUT = tuple(rule for rule in RULES if rule is not only_data_parallelism)
@@ -107,48 +107,106 @@ def verify_layouts(
     Raises:
         ConfigError: the config, or layouts that do not fit it: every reason of every layout at once, before a process is started.
     """
+    options = {"dtype": dtype, "shrink": shrink, "log": log, "timeout": timeout, "prepare": prepare, "record": record, "bar": bar}
+    return verify_runs([(path, layouts)], overrides, **options)[0]
+
+
+def verify_runs(
+    runs: Sequence[tuple[str, Sequence[str]]],
+    overrides: Sequence[str] = (),
+    *,
+    dtype: str = "float64",
+    shrink: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    timeout: float = 600.0,
+    prepare: Prepare | None = None,
+    record: str | os.PathLike | None = None,
+    bar: bool = False,
+) -> list[list[LayoutResult]]:
+    """``verify_layouts`` for several runs at once, on ranks that start once. The record may be one file for all.
+
+    Args:
+        runs: of each its file and its layouts.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    config = load_run(path, overrides, between_keys=WITHOUT_LAYOUT)
-    found = _legal(config, layouts)
-    if shrink:
-        config = shrunk(config, [layout for _, layout in found])
-    trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype])
-    ledger = Ledger(record, key_of(trial.config, dtype, batch=_digest(trial.batch), fault=getattr(prepare, "__name__", None)), LayoutResult)
-    waiting = sorted((item for item in dict(found).items() if item[0] not in ledger), key=lambda item: item[1].world_size)
-    if len(waiting) < len(found):
-        log(f"{len(found) - len(waiting)} of {len(found)} layouts are on record")
-    with LatticeBar([layout.world_size for _, layout in waiting], log, shown=bar) as progress:
-        for result in _run(trial, waiting, dtype, prepare, timeout, progress.log):
-            ledger.add(result)
+    plans = [_Plan.of(path, layouts, overrides, dtype, shrink, prepare, record) for path, layouts in runs]
+    on_record = sum(text in plan.ledger for plan in plans for text in plan.layouts)
+    if on_record:
+        log(f"{on_record} of {sum(len(plan.layouts) for plan in plans)} layouts are on record")
+    waiting = [(plan, text) for plan in plans for text in plan.layouts if text not in plan.ledger]
+    waiting.sort(key=lambda item: item[0].layouts[item[1]].world_size)
+    with LatticeBar([plan.layouts[text].world_size for plan, text in waiting], log, shown=bar) as progress:
+        for plan, result in _run(waiting, prepare, timeout, progress.log):
+            plan.ledger.add(result)
             progress.advance(result.world_size, _line(result))
-    return [ledger[text] for text, _ in found]
+    return [[plan.ledger[text] for text in layouts] for plan, (_, layouts) in zip(plans, runs, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is done for one run.
+
+    Args:
+        layouts: as given → degrees.
+    """
+
+    trial: Trial
+    layouts: dict[str, Layout]
+    ledger: Ledger
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        layouts: Sequence[str],
+        overrides: Sequence[str],
+        dtype: str,
+        shrink: bool,
+        prepare: Prepare | None,
+        record: str | os.PathLike | None,
+    ) -> "_Plan":
+        config = load_run(path, overrides, between_keys=WITHOUT_LAYOUT)
+        found = _legal(config, layouts)
+        if shrink:
+            config = shrunk(config, list(found.values()))
+        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype])
+        key = key_of(trial.config, dtype, batch=_digest(trial.batch), fault=getattr(prepare, "__name__", None))
+        return cls(trial, found, Ledger(record, key, LayoutResult))
+
+    def reference(self, log: Callable[[str], None]) -> tuple[Trial, Outcome, Tolerance]:
+        """What ranks run, what one process makes of it, and how far they may be from it."""
+        trial, alone = self.trial, run_trial(self.trial, Mesh.single())
+        name = next(name for name, dtype in DTYPES.items() if dtype == trial.dtype)
+        log(f"one process: loss {alone.loss:.12g}, gradient norm {alone.norm:.12g}, {len(alone.pieces)} parameters, {name}")
+        if trial.dtype == torch.float64:
+            return trial, alone, Tolerance.exact()
+        trial = replace(trial, routing=alone.routing)
+        exact = run_trial(replace(trial, dtype=torch.float64, rounded=trial.dtype), Mesh.single())
+        tolerance = Tolerance.measured(exact, alone, trial.dtype)
+        log(f"of which float64 makes a loss of {exact.loss:.12g}; gradients are held to at most {tolerance.gradient:.1e} of float64's")
+        return trial, exact, tolerance
 
 
 def _run(
-    trial: Trial, waiting: list[tuple[str, Layout]], dtype: str, prepare: Prepare | None, timeout: float, log: Callable[[str], None]
-) -> Iterator[LayoutResult]:
+    waiting: list[tuple[_Plan, str]], prepare: Prepare | None, timeout: float, log: Callable[[str], None]
+) -> Iterator[tuple[_Plan, LayoutResult]]:
     """Results as they come."""
-    if not waiting:
-        return
-    reference = run_trial(trial, Mesh.single())
-    log(f"one process: loss {reference.loss:.12g}, gradient norm {reference.norm:.12g}, {len(reference.pieces)} parameters, {dtype}")
-    tolerance = Tolerance.exact()
-    if trial.dtype != torch.float64:
-        trial = replace(trial, routing=reference.routing)
-        exact = run_trial(replace(trial, dtype=torch.float64, rounded=trial.dtype), Mesh.single())
-        reference, tolerance = exact, Tolerance.measured(exact, reference, trial.dtype)
-        log(f"of which float64 makes a loss of {exact.loss:.12g}; gradients are held to at most {tolerance.gradient:.1e} of float64's")
+    plans = list({id(plan): plan for plan, _ in waiting}.values())
+    references = {id(plan): plan.reference(log) for plan in plans}
+    jobs = [Job(plans.index(plan), plan.layouts[text]) for plan, text in waiting]
     began = time.monotonic()
-    for (text, layout), outcomes in zip(waiting, run_layouts(trial, [layout for _, layout in waiting], prepare, timeout), strict=True):
-        limits = {"gradient_tolerance": tolerance.gradient, "loss_tolerance": tolerance.loss}
+    outcomes_of = run_layouts([references[id(plan)][0] for plan in plans], jobs, prepare, timeout)
+    for (plan, text), job, outcomes in zip(waiting, jobs, outcomes_of, strict=True):
+        _, reference, tolerance = references[id(plan)]
         if isinstance(outcomes, str):
-            result = LayoutResult(text, layout.world_size, math.inf, "", math.inf, False, outcomes, **limits)
+            limits = {"gradient_tolerance": tolerance.gradient, "loss_tolerance": tolerance.loss}
+            result = LayoutResult(text, job.layout.world_size, math.inf, "", math.inf, False, outcomes, **limits)
         else:
-            comparison = compare(reference, outcomes, layout, tolerance)
-            result = _result(text, layout, comparison, max(outcome.changed for outcome in outcomes))
+            comparison = compare(reference, outcomes, job.layout, tolerance)
+            result = _result(text, job.layout, comparison, max(outcome.changed for outcome in outcomes))
         now = time.monotonic()
-        yield replace(result, seconds=round(now - began, 3))
+        yield plan, replace(result, seconds=round(now - began, 3))
         began = now
 
 
@@ -205,9 +263,9 @@ def _words(name: str) -> dict[str, object]:
     return {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind) if isinstance(word, str)}
 
 
-def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]]:
+def _legal(config: RunConfig, layouts: Sequence[str]) -> dict[str, Layout]:
     problems: list[Problem] = []
-    found = []
+    found = {}
     for text in layouts:
         try:
             parallel, layout = parse_layout(text)
@@ -217,7 +275,7 @@ def _legal(config: RunConfig, layouts: Sequence[str]) -> list[tuple[str, Layout]
         split = config.model_copy(update={"parallel": parallel})
         wrong = check(split, layout.world_size, rules=(*WITHOUT_LAYOUT, layout_fits))
         problems += [replace(problem, where=f"--layout {text}") for problem in wrong]
-        found.append((text, layout))
+        found[text] = layout
     if problems:
         raise ConfigError(problems)
     return found

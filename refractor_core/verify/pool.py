@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,10 +33,17 @@ _POLL_SECONDS = 0.005
 _LAST_WORDS_SECONDS = 0.2
 
 
+class Job(NamedTuple):
+    """A trial, by its number, under a layout."""
+
+    trial: int
+    layout: Layout
+
+
 def run_layouts(
-    trial: Trial, layouts: Sequence[Layout], prepare: Prepare | None = None, timeout: float = 600.0
+    trials: Sequence[Trial], jobs: Sequence[Job], prepare: Prepare | None = None, timeout: float = 600.0
 ) -> Iterator[list[Outcome] | str]:
-    """Each layout's outcomes by rank, in order, as they come; in place of a layout that failed, what its ranks told.
+    """Each job's outcomes by rank, in order, as they come; in place of one that failed, what its ranks told.
 
     Args:
         prepare: see ``run_trial``; of a module's top level, because it travels by name.
@@ -44,8 +52,8 @@ def run_layouts(
     folder = Path(tempfile.mkdtemp(prefix="refractor-layouts-"))
     try:
         done = 0
-        while done < len(layouts):
-            for result in _run_until_failure(trial, layouts, done, prepare, timeout, folder):
+        while done < len(jobs):
+            for result in _run_until_failure(trials, jobs, done, prepare, timeout, folder):
                 done += 1
                 yield result
     finally:
@@ -53,16 +61,16 @@ def run_layouts(
 
 
 def _run_until_failure(
-    trial: Trial, layouts: Sequence[Layout], first: int, prepare: Prepare | None, timeout: float, folder: Path
+    trials: Sequence[Trial], jobs: Sequence[Job], first: int, prepare: Prepare | None, timeout: float, folder: Path
 ) -> Iterator[list[Outcome] | str]:
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    world = max(layout.world_size for layout in layouts[first:])
+    world = max(job.layout.world_size for job in jobs[first:])
     context = torch.multiprocessing.start_processes(
-        _rank, args=(trial, layouts, first, prepare, str(folder)), nprocs=world, join=False, daemon=True, start_method="forkserver"
+        _rank, args=(trials, jobs, first, prepare, str(folder)), nprocs=world, join=False, daemon=True, start_method="forkserver"
     )
     try:
-        for number in range(first, len(layouts)):
-            files = [folder / f"{number}.{rank}.result" for rank in range(layouts[number].world_size)]
+        for number in range(first, len(jobs)):
+            files = [folder / f"{number}.{rank}.result" for rank in range(jobs[number].layout.world_size)]
             told = _wait_for(files, context.processes, time.monotonic() + timeout, folder, number)
             if told:
                 yield told
@@ -93,23 +101,23 @@ def _wait_for(files: list[Path], processes: Sequence, deadline: float, folder: P
     return ""
 
 
-def _rank(rank: int, trial: Trial, layouts: Sequence[Layout], first: int, prepare: Prepare | None, folder: str) -> None:
+def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, prepare: Prepare | None, folder: str) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its ranks
     faulthandler.enable()
     torch.set_num_threads(1)
     groups: Groups = {}
-    for number in range(first, len(layouts)):
-        layout = layouts[number]
+    for number in range(first, len(jobs)):
+        layout = jobs[number].layout
         place = f"{folder}/{number}.{rank}"
         try:
-            if number == first or layout.world_size != layouts[number - 1].world_size:
+            if number == first or layout.world_size != jobs[number - 1].layout.world_size:
                 groups.clear()
                 _join(layout.world_size, rank, f"file://{folder}/{number}.{first}.meeting-point")
             if rank >= layout.world_size:
                 continue
-            outcome = run_trial(trial, Mesh.create(layout, rank, groups), prepare)
+            outcome = run_trial(trials[jobs[number].trial], Mesh.create(layout, rank, groups), prepare)
         except Exception:
             Path(f"{place}.error").write_text(traceback.format_exc())
             return

@@ -1,60 +1,83 @@
-"""The lattice of layouts: which are legal, and few that cover every pair of choices."""
+"""The lattice that is tested: small models of every kind under every legal layout, and few cases that cover every pair of choices."""
 
-from itertools import combinations, product
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from refractor_core.config import load_run
+from refractor_core.verify import lattice
+from refractor_core.verify.layouts import WITHOUT_LAYOUT, parse_layout
+from tests.distributed.documents import write
 
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
 ROUTING = {"scoring": "sigmoid", "num_groups": 2, "top_groups": 1, "routed_scale": 1.5}
+SIZES = {"model__num_layers": 4, "model__moe__num_experts": 8}
+RICH = {
+    **SIZES, "model__moe__capacity_factor": 0.75, "model__tie_embeddings": True, "model__attention__qk_norm": "full",
+    "batch__activation_checkpointing": "selective",
+}  # fmt: skip
 
 MODELS = {
-    "gqa-dropless": {},
-    "gqa-capacity-tied": {
-        "model__moe__capacity_factor": 0.75, "model__tie_embeddings": True, "model__attention__qk_norm": "full",
-        "batch__activation_checkpointing": "selective",
-    },
-    "one-kv-head": {"model__num_kv_heads": 1, "model__attention__qk_norm": "full", "model__attention__qkv_clip": 0.5},
+    "gqa-capacity-tied": RICH,
+    "gqa-capacity-tied-deep": {**RICH, "model__num_layers": 8},  # for eight stages
+    "gqa-dropless": SIZES,
+    "one-kv-head": {**SIZES, "model__num_kv_heads": 1, "model__attention__qk_norm": "full", "model__attention__qkv_clip": 0.5},
     "mla-capacity": {
-        "model__attention": {"kind": "mla", "latent": LATENT}, "model__moe__capacity_factor": 0.75, "batch__micro_batch_size": 2,
-        "objectives__load_balance__scope": "global", "batch__global_batch_size": 16,
+        **SIZES, "model__attention": {"kind": "mla", "latent": LATENT}, "model__moe__capacity_factor": 0.75,
+        "batch__micro_batch_size": 2, "objectives__load_balance__scope": "global", "batch__global_batch_size": 16,
     },
     "mla-direct-query": {
-        "model__attention": {"kind": "mla", "latent": LATENT | {"q_lora_rank": None}},
+        **SIZES, "model__attention": {"kind": "mla", "latent": LATENT | {"q_lora_rank": None}},
         "batch__activation_checkpointing": "full", **{f"model__moe__{key}": value for key, value in ROUTING.items()},
     },
-    "dense-window": {"model__moe": None, "model__attention": {"sliding_window": 5}, "batch__activation_checkpointing": "selective"},
+    "dense-window": {
+        "model__num_layers": 4, "model__moe": None, "model__attention": {"sliding_window": 5},
+        "batch__activation_checkpointing": "selective",
+    },
 }  # fmt: skip
-"""Changes of the document in ``tests/verify/conftest.py``."""
-
-AXES = ("model", "tensor", "sequence", "expert", "expert_tensor", "data_shard")
+"""Changes of the document in ``tests/distributed/documents.py``. Every layout can have one of the first two, which have most in them."""
 
 
-def legal(world_limit: int) -> list[tuple]:
-    """Every combination of ``AXES`` up to that many ranks."""
+@dataclass(frozen=True)
+class Case:
+    """A model under a layout."""
+
+    model: str
+    layout: str
+
+    @property
+    def choices(self) -> dict[str, object]:
+        """Its place in the lattice."""
+        return {"model": self.model, **lattice.layout_choices(parse_layout(self.layout)[0])}
+
+    @property
+    def cost(self) -> float:
+        """About what it takes to run, in any unit."""
+        return (1 + parse_layout(self.layout)[1].world_size / 2) * (2 if self.model.endswith("deep") else 1)
+
+
+@cache
+def legal(ranks: int) -> tuple[Case, ...]:
+    """Every model under every layout that it can have on up to that many ranks."""
     found = []
-    for model, tensor, sequence, expert, inside, data in product(MODELS, (1, 2, 4), (False, True), (1, 2, 4), (1, 2), (1, 2, 4, 8)):
-        world = tensor * data
-        if 1 < world <= world_limit and world % (expert * inside) == 0 and (tensor > 1 or not sequence):
-            if model != "dense-window" or expert * inside == 1:
-                found.append((model, tensor, sequence, expert, inside, data))
-    return found
+    for model, changes in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_run(write(Path(folder), **changes), between_keys=WITHOUT_LAYOUT)
+        found += [Case(model, layout) for layout in lattice.legal_layouts(config, ranks)]
+    return tuple(found)
 
 
-def pairs(case: tuple) -> set[tuple]:
-    """The pairs of choices that a combination tries."""
-    return set(combinations(zip(AXES, case), 2))
+@cache
+def covering(ranks: int) -> tuple[Case, ...]:
+    """Few cases that try every pair of choices, the model among them."""
+    cases = legal(ranks)
+    return tuple(cases[number] for number in lattice.cover([case.choices for case in cases], [case.cost for case in cases]))
 
 
-def pairwise(cases: list[tuple]) -> list[tuple]:
-    """Few of the cases that together try every pair of choices that any of them tries (greedy, always the same)."""
-    missing = set().union(*map(pairs, cases))
-    chosen = []
-    while missing:
-        best = max(cases, key=lambda case: (len(pairs(case) & missing), -case[1] * case[5]))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
-def text(case: tuple) -> str:
-    """The combination as ``--layout`` takes it."""
-    degrees = dict(zip(AXES[1:], case[1:]))
-    return ",".join(f"{name}={str(value).lower()}" for name, value in degrees.items() if value not in (1, False) or name == "data_shard")
+def every_layout(ranks: int) -> tuple[Case, ...]:
+    """Every layout with the richest model that can have it, and the cover for the other models."""
+    first: dict[str, Case] = {}
+    for case in legal(ranks):
+        first.setdefault(case.layout, case)
+    return tuple(dict.fromkeys([*first.values(), *covering(ranks)]))

@@ -1,41 +1,36 @@
-"""Any layout, the same gradients: loss and every parameter's gradient in float64, over the lattice of legal layouts."""
+"""Any layout, the same gradients: loss and every parameter's gradient in float64, over a cover of the lattice of legal layouts.
+
+``benchmarks/layouts.py`` runs the whole lattice.
+"""
 
 import pytest
 
-from refractor_core.verify.layouts import verify_layouts
+from refractor_core.verify import lattice
+from refractor_core.verify.layouts import verify_runs
 from tests.distributed.documents import write
-from tests.distributed.lattice import AXES, MODELS, legal, pairs, pairwise, text
-
-LARGEST_TESTED = [  # of eight ranks: every axis at once, and each where it is largest
-    ("gqa-capacity-tied", 2, True, 2, 2, 4),
-    ("one-kv-head", 4, True, 4, 2, 2),
-    ("mla-capacity", 4, False, 2, 2, 2),
-]
-COVER = pairwise(legal(4))
+from tests.distributed.lattice import MODELS, covering, every_layout, legal
 
 
 def test_the_cover_tries_every_pair_of_choices():
-    tried = set().union(*map(pairs, COVER))
-    assert tried == set().union(*map(pairs, legal(4))) and len(COVER) < 40
-    for axis, values in {"tensor": {1, 2, 4}, "expert": {1, 2, 4}, "expert_tensor": {1, 2}, "sequence": {True, False}}.items():
-        assert {case[AXES.index(axis)] for case in COVER} == values
+    pairs = set().union(*(lattice.pairs(case.choices) for case in legal(8)))
+    assert set().union(*(lattice.pairs(case.choices) for case in covering(8))) == pairs
+    assert len(covering(8)) < 80
+    for axis, values in lattice.DEGREES.items():
+        if axis not in NOT_YET:
+            assert {case.choices[axis] for case in covering(8)} == set(values), axis
+    assert len({case.layout for case in every_layout(8)}) == len({case.layout for case in legal(8)})
 
 
-def _verify(folder, model, cases):
-    results = verify_layouts(write(folder, **MODELS[model]), [text(case) for case in cases])
-    assert len(results) == len(cases)
-    for result in results:
-        assert result.passed, f"{result.layout}: {result.worst_parameter} {result.worst_gradient_error:.1e}\n{result.culprit}"
-        assert result.worst_gradient_error <= 1e-9 and result.loss_error <= 1e-12
+@pytest.mark.timeout(900)
+def test_a_cover_of_the_lattice_agrees_with_one_process(tmp_path):
+    runs = []
+    for model, changes in MODELS.items():
+        (tmp_path / model).mkdir()
+        runs.append((write(tmp_path / model, **changes), [case.layout for case in covering(8) if case.model == model]))
+    for model, results in zip(MODELS, verify_runs(runs, log=print)):
+        for result in results:
+            told = f"{model}, {result.layout}: {result.worst_parameter} {result.worst_gradient_error:.1e}\n{result.culprit}"
+            assert result.passed and result.worst_gradient_error <= 1e-9 and result.loss_error <= 1e-12, told
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_cover_of_the_lattice_agrees_with_one_process(tmp_path, model):
-    _verify(tmp_path, model, [case for case in [*COVER, *LARGEST_TESTED] if case[0] == model])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("model", MODELS)
-def test_the_whole_lattice_agrees_with_one_process(tmp_path, model):
-    _verify(tmp_path, model, [case for case in legal(8) if case[0] == model])
+NOT_YET = ("pipeline", "virtual_pipeline", "schedule")
