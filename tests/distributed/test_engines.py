@@ -287,3 +287,27 @@ def test_what_it_cannot_do_is_refused(layout, told, tmp_path):
     mesh = Mesh(layout, 0, {name: Axis(name, size) for name, size in (("pipeline", layout.pipeline), ("shard_context", 1))})
     with pytest.raises(ValueError, match=told):
         Fsdp2(torch.nn.Linear(2, 2), mesh, run_of(tmp_path).optimizer)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Documents and dataset."""
+    return tiny.prepare(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp64"])
+def test_a_run_resumes_bit_exact_and_may_change_its_engine(ranks, prepared, tmp_path, compute):
+    def train(name, *parts):
+        """Trains in ``run.dir`` name, a process group for each (engine, last step)."""
+        for engine, steps in parts:
+            keys = {"run__dir": str(tmp_path / name), "run__steps": steps, "parallel": {"engine": engine}}
+            run = tiny.config(prepared, **keys, precision__compute=compute, batch__activation_checkpointing="selective")
+            ranks(2, tiny.train_rank, run, 2, tiny.free_port())
+        return run
+
+    whole_run, resumed = train("whole", ("fsdp2", 8)), train("resumed", ("fsdp2", 4), ("fsdp2", 8))
+    tiny.assert_same_end(whole_run, resumed)
+    tolerance = {"bf16": 2e-2, "fp64": 1e-9}[compute]
+    for changed in (train("onto", ("zero1", 4), ("fsdp2", 8)), train("from", ("fsdp2", 4), ("zero1", 8))):
+        for one, other in zip(tiny.rows(whole_run), tiny.rows(changed), strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=tolerance), one["step"]
