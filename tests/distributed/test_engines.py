@@ -295,19 +295,17 @@ def prepared(tmp_path_factory):
     return tiny.prepare(tmp_path_factory.mktemp("engines"))
 
 
-@pytest.mark.parametrize("compute", ["bf16", "fp64"])
-def test_a_run_resumes_bit_exact_and_may_change_its_engine(ranks, prepared, tmp_path, compute):
+def test_a_run_resumes_bit_exact_and_may_change_its_engine(ranks, prepared, tmp_path):
     def train(name, *parts):
-        """Trains in ``run.dir`` name, a process group for each (engine, last step)."""
+        """Trains in ``run.dir`` name, each time up to another step, on two ranks that are started anew."""
         for engine, steps in parts:
             keys = {"run__dir": str(tmp_path / name), "run__steps": steps, "parallel": {"engine": engine}}
-            run = tiny.config(prepared, **keys, precision__compute=compute, batch__activation_checkpointing="selective")
+            run = tiny.config(prepared, **keys, precision__compute="bf16", batch__activation_checkpointing="selective")
             ranks(2, tiny.train_rank, run, 2, tiny.free_port())
         return run
 
-    whole_run, resumed = train("whole", ("fsdp2", 8)), train("resumed", ("fsdp2", 4), ("fsdp2", 8))
-    tiny.assert_same_end(whole_run, resumed)
-    tolerance = {"bf16": 2e-2, "fp64": 1e-9}[compute]
-    for changed in (train("onto", ("zero1", 4), ("fsdp2", 8)), train("from", ("fsdp2", 4), ("zero1", 8))):
-        for one, other in zip(tiny.rows(whole_run), tiny.rows(changed), strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=tolerance), one["step"]
+    undisturbed = train("whole", ("fsdp2", tiny.STEPS))
+    tiny.assert_same_end(undisturbed, train("resumed", ("fsdp2", 4), ("fsdp2", tiny.STEPS)))
+    changed = train("changed", ("zero1", 2), ("fsdp2", 5), ("zero1", tiny.STEPS))
+    for one, other in zip(tiny.rows(undisturbed), tiny.rows(changed), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-2), one["step"]
