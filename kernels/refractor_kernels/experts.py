@@ -6,6 +6,7 @@ Legend: T tokens, K experts per token, E experts, D model, F expert width, P kep
 pairs, with rows of zeros after each expert's where its number of rows is rounded up.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ _CPU_ROWS = 64
 """On a CPU each expert's rows are rounded up to a multiple of this. oneDNN compiles a low-precision GEMM anew for every shape that it
 has not seen, which takes several times as long as running it (1.4 ms against 0.2 ms for 500 × 256 × 512 in bf16), and routing hardly
 ever repeats a shape."""
+
+
+Defer = Callable[[Callable[[], tuple[Tensor | None, Tensor | None]]], tuple[Tensor | None, Tensor | None]]
+"""See ``experts``."""
 
 
 class Sorted(NamedTuple):
@@ -128,8 +133,9 @@ def _pairs(rows_MD: Tensor, pairs: Sorted, tokens: int, top_k: int) -> Tensor:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK):
+    def forward(ctx, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK, defer):
         tokens, top_k = indices_TK.shape
+        ctx.defer = defer
         low_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype.itemsize == 2
         pairs = sort_pairs(indices_TK, weights_TK, len(w_down_EDF), _CPU_ROWS if low_on_cpu else 1)
         pre_MF = grouped_linear(pairs.spread(x_TD[pairs.order_P // top_k]), w_gate_up_EFD, pairs.ends_E)
@@ -154,28 +160,42 @@ class _Experts(torch.autograd.Function):
             row_P = pairs.collect(row_M).to(weights_TK.dtype)
             grad_weights = torch.zeros_like(weights_TK).flatten().index_copy_(0, order_P, row_P).view_as(weights_TK)
         grad_pre_MF = swiglu_backward((grad_act_MF * weight_M).to(grad_act_MF.dtype), pre_MF)
-        grad_down = grad_gate_up = grad_x = None
-        if ctx.needs_input_grad[2]:
-            grad_down = grouped_outer(grad_MD, (act_MF * weight_M).to(act_MF.dtype), ends_E)
-        if ctx.needs_input_grad[1]:
-            grad_gate_up = grouped_outer(grad_pre_MF, pairs.spread(x_TD[token_P]), ends_E)
+        weighted_MF = (act_MF * weight_M).to(act_MF.dtype)
+        of_gate_up, of_down = ctx.needs_input_grad[1:3]
+
+        def make() -> tuple[Tensor | None, Tensor | None]:
+            """Gathers rows anew: until it is called, T rows of x and of the gradient are kept, not one for each pair."""
+            down = grouped_outer(pairs.spread(grad_TD[token_P]), weighted_MF, ends_E) if of_down else None
+            return grouped_outer(grad_pre_MF, pairs.spread(x_TD[token_P]), ends_E) if of_gate_up else None, down
+
+        grad_gate_up, grad_down = make() if ctx.defer is None else ctx.defer(make)
+        grad_x = None
         if ctx.needs_input_grad[0]:
             rows_MD = grouped_linear(grad_pre_MF, w_gate_up_EFD.transpose(1, 2), ends_E)
             total = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
             grad_x = _pairs(rows_MD, pairs, tokens, top_k).sum(1, dtype=total).to(x_TD.dtype)
-        return grad_x, grad_gate_up, grad_down, None, grad_weights
+        return grad_x, grad_gate_up, grad_down, None, grad_weights, None
 
 
-def reference(x_TD: Tensor, w_gate_up_EFD: Tensor, w_down_EDF: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def reference(
+    x_TD: Tensor, w_gate_up_EFD: Tensor, w_down_EDF: Tensor, indices_TK: Tensor, weights_TK: Tensor, defer: Defer | None = None
+) -> Tensor:
     """torch's grouped GEMM where it takes the dtype, else one GEMM per expert."""
-    return _Experts.apply(x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK)
+    return _Experts.apply(x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK, defer)
 
 
 _EXPERTS = Op("experts", reference)
 
 
 def experts(
-    x_TD: Tensor, w_gate_up_EFD: Tensor, w_down_EDF: Tensor, indices_TK: Tensor, weights_TK: Tensor, *, backend: str = "auto"
+    x_TD: Tensor,
+    w_gate_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    backend: str = "auto",
+    defer: Defer | None = None,
 ) -> Tensor:
     """y_t = Σ_k weight_tk · W_down[i_tk] · swiglu(W_gate_up[i_tk] · x_t).
 
@@ -185,6 +205,8 @@ def experts(
         w_down_EDF: [E, D, F], dtype of x.
         indices_TK: int64 in [−1, E); −1 drops the pair.
         weights_TK: float32, or float64 exactly where x is; a weight of exactly 0 drops the pair (and gets no gradient).
+        defer: called in the backward pass with a function that makes the gradients of gate_up and down; its result is taken for them. It
+            may keep the function, return (None, None), and call it later, when the gradients are wanted. None: they are made at once.
 
     Returns:
         [T, D] in the dtype of x; zero for a token without a pair. The weighted sum is at least float32.
@@ -212,4 +234,5 @@ def experts(
         low, high = (int(bound) for bound in indices_TK.aminmax())
         if low < -1 or high >= sizes["E"]:
             raise ValueError(f"experts: indices_TK spans [{low}, {high}], expected −1 (dropped) to {sizes['E'] - 1}")
-    return _EXPERTS(backend, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK)
+    options = {} if defer is None else {"defer": defer}
+    return _EXPERTS(backend, x_TD, w_gate_up_EFD, w_down_EDF, indices_TK, weights_TK, **options)

@@ -23,9 +23,6 @@ from refractor_kernels.gpu.shipped import Shipped, Variant
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one block may ask for on compute capability 9.0: 227 KiB (CUDA C++ Programming Guide, table of technical
 specifications)."""
-WIDE_SHARE = 0.8
-"""Least part of the bytes moved by loads, and of those by stores, that must go 16 at a time. What is left is for one number per row; a
-kernel of four streams of which one is narrow has 0.75."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Report:
         return not self.problem
 
 
-def problem(work: str, spill_bytes: int, shared_bytes: int, wgmma: int, fed: int, wide_share: float) -> str:
+def problem(work: str, spill_bytes: int, shared_bytes: int, wgmma: int, fed: int, wide_share: float, least: float) -> str:
     """Why the configuration must not be shipped; empty if nothing is wrong. ``fed``: asynchronous copies, by TMA or cp.async."""
     found = []
     if spill_bytes:
@@ -59,7 +56,7 @@ def problem(work: str, spill_bytes: int, shared_bytes: int, wgmma: int, fed: int
         found.append("no wgmma")
     if work == "multiplies" and not fed:
         found.append("neither TMA nor cp.async")
-    if work == "moves" and wide_share < WIDE_SHARE:
+    if work == "moves" and wide_share < least:
         found.append(f"only {wide_share:.0%} of the bytes move 16 at a time")
     return "; ".join(found)
 
@@ -97,7 +94,7 @@ def examine(shipped: Shipped, variant: Variant, bucket: tables.Bucket) -> Report
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
     }
     share = wide_share(ptx)
-    wrong = problem(shipped.work, spilled, shared, counts["wgmma"], counts["tma"] + counts["cp_async"], share)
+    wrong = problem(shipped.work, spilled, shared, counts["wgmma"], counts["tma"] + counts["cp_async"], share, shipped.wide_share)
     return Report(
         shipped.table, f"{variant.label}, {bucket}", registers, spilled, shared, **counts, wide_share=round(share, 3), problem=wrong
     )
@@ -118,9 +115,9 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 def everything() -> list[Shipped]:
     """All kernels that the package ships."""
-    from refractor_kernels.gpu import norm, rotary, swiglu
+    from refractor_kernels.gpu import combine, grouped, norm, outer, pairs, rotary, swiglu
 
-    return [shipped for module in (norm, rotary, swiglu) for shipped in module.SHIPPED]
+    return [shipped for module in (norm, rotary, swiglu, pairs, grouped, outer, combine) for shipped in module.SHIPPED]
 
 
 def configurations(kernels: list[str], quick: bool) -> Iterator[tuple[Shipped, Variant, tables.Bucket]]:

@@ -10,7 +10,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     from refractor_core.parallel.pipeline.schedules import KINDS
 
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="schedule")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="schedule | memory")
     schedule = verbs.add_parser("schedule", help="a pipeline schedule: bubble, time, memory per rank, and a drawing")
     schedule.add_argument("--kind", required=True, choices=KINDS)
     schedule.add_argument("--pipeline", required=True, type=int, metavar="P", help="pipeline ranks")
@@ -23,10 +23,69 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     schedule.add_argument("--communication", default=0.0, type=float, metavar="T", help="time of one transfer between ranks, same unit")
     schedule.add_argument("--output", metavar="SVG", help="where the drawing goes (default: schedule-KIND-pP-mM.svg)")
     schedule.add_argument("--json", action="store_true", help="print JSON and draw only with --output")
+    memory = verbs.add_parser("memory", help="what every rank of a layout holds at its peak, from a dry run that needs no GPU")
+    memory.add_argument("config", metavar="CONFIG", help="YAML file of a run, or of a model such as those in configs/models")
+    memory.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that win over the file's, such as parallel.tensor=2")
+    memory.add_argument("--world", type=int, metavar="N", help="ranks (default: as few as the layout needs)")
+    memory.add_argument("--load", type=float, default=1.0, metavar="X", help="rows at the fullest rank's experts over an even share")
+    memory.add_argument("--device-memory", type=float, metavar="GIB", help="of each device: says whether the run fits")
+    memory.add_argument(
+        "--reserve", type=float, default=4.0, metavar="GIB",
+        help="of device memory for the driver, communication buffers and fragmentation (default: 4)",
+    )  # fmt: skip
+    memory.add_argument(
+        "--device", choices=("accelerator", "cpu"), default="accelerator", help="whose memory: with kernels, or with the PyTorch references"
+    )
+    memory.add_argument("--output", metavar="SVG", help="draws the ranks' memory")
+    memory.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds, proves, times and draws the schedule; exit code 0, or 2 for sizes or costs that cannot be."""
+    """Exit code 0; 1 if the run does not fit ``--device-memory``; 2 for sizes, costs or layouts that cannot be."""
+    return _memory(args) if args.verb == "memory" else _schedule(args)
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from refractor_core.planner.memory import GIB, load_for_plan, plan_memory
+
+    log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    config, world_size = load_for_plan(args.config, args.overrides, args.world)
+    plan = plan_memory(config, world_size, load=args.load, device=args.device, log=log)
+    told = plan.record(args.device_memory and args.device_memory * GIB, args.reserve * GIB)
+    if args.output:
+        from refractor_core.planner.memory_drawing import draw_memory
+
+        Path(args.output).write_text(draw_memory(told), encoding="utf-8")
+    print(json.dumps(told, indent=2) if args.json else _memory_table(told))
+    return 0 if told.get("fits", True) else 1
+
+
+def _memory_table(told: dict) -> str:
+    """GiB, two places."""
+    gib = lambda size: f"{size / (1 << 30):.2f}"  # noqa: E731
+    plain = {**dict.fromkeys(told["layout"], 1), "sequence": False, "schedule": "1f1b", "stage_cuts": None, "context_exchange": "ring"}
+    degrees = ", ".join(f"{name}={value}" for name, value in told["layout"].items() if value != plain[name])
+    batch = f"micro batches of {told['micro_batch_size']} × {told['sequence_length']} tokens, {told['micro_batches']} a step"
+    lines = [f"{told['world_size']} ranks{': ' if degrees else ''}{degrees}", batch, ""]
+    parts = ("parameters", "gradients", "optimizer", "activations", "temporary")
+    lines.append(f"{'pipeline':<10}{'ranks':<12}{'layers':<10}{''.join(f'{part:>12}' for part in parts)}{'peak GiB':>12}  at")
+    for group in told["groups"]:
+        ranks = ",".join(f"{first}–{last}" if last > first else f"{first}" for first, last in group["ranks"])
+        cells = "".join(f"{gib(group[part]):>12}" for part in parts) + f"{gib(group['peak']):>12}"
+        layers = f"{group['layers'][0]}–{group['layers'][-1]}" if group["layers"] else "none"
+        places = ",".join(map(str, group["pipeline_ranks"]))
+        lines.append(f"{_short(places):<10}{_short(ranks, 11):<12}{layers:<10}{cells}  {group['phase']}")
+    if "fits" in told:
+        free, device = told["free"], f"{gib(told['device_memory'])} GiB less {gib(told['reserve'])} kept free"
+        lines += ["", f"fits in {device}: {gib(free)} GiB left" if told["fits"] else f"does not fit in {device}: {gib(-free)} GiB too much"]
+    return "\n".join(lines)
+
+
+def _short(text: str, width: int = 9) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _schedule(args: argparse.Namespace) -> int:
     from refractor_core.parallel.pipeline.schedules import build_schedule
     from refractor_core.parallel.pipeline.simulator import simulate
     from refractor_core.parallel.pipeline.validator import validate

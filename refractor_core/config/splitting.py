@@ -11,16 +11,6 @@ from refractor_core.config.errors import Problem
 from refractor_core.config.run import RunConfig
 
 
-def unsplit_axes(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    parallel = config.parallel
-    for name, degree in (
-        ("pipeline", parallel.pipeline),
-        ("virtual_pipeline", parallel.virtual_pipeline),
-    ):
-        if degree != 1:
-            yield Problem(f"parallel.{name}", degree, f"must be 1: this decoder runs every layer on whole sequences; {name} comes later")
-
-
 def sequence_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     if config.parallel.sequence and config.parallel.tensor == 1:
         yield Problem("parallel.sequence", True, "splits over the tensor ranks, of which there is one; write false, or raise tensor")
@@ -89,4 +79,4 @@ def _nearest(degree: int, largest: int, fits: Callable[[int], bool]) -> int:
     return min((candidate for candidate in range(1, largest + 1) if fits(candidate)), key=lambda candidate: abs(candidate - degree))
 
 
-SPLITTING: tuple[rules.Rule, ...] = (unsplit_axes, sequence_split, tensor_divides, context_divides, experts_divide)
+SPLITTING: tuple[rules.Rule, ...] = (sequence_split, tensor_divides, context_divides, experts_divide)

@@ -11,6 +11,7 @@ from refractor_core.parallel.collectives import copy_to, reduce_from
 from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import parameter
 from refractor_core.parallel.tensor import WHOLE, TensorSplit
+from refractor_core.parallel.weight_gradients import linear
 from refractor_kernels import rms_norm, rms_norm_residual, swiglu
 
 
@@ -42,17 +43,29 @@ class Linear(nn.Module):
         self.weight = parameter((outputs, inputs), std=std, splits=splits, partial=partial, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):
-    """Rows of a table that the tensor ranks share. Shape: int64 [B, S] → the residual stream."""
+    """Rows of a table that the tensor ranks share. Shape: int64 [B, S] → the residual stream.
+
+    Args:
+        ends: see ``ShardSpec``.
+    """
 
     def __init__(
-        self, vocabulary: int, width: int, *, std: float, dtype: torch.dtype, device: torch.device | str, split: TensorSplit = WHOLE
+        self,
+        vocabulary: int,
+        width: int,
+        *,
+        std: float,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        split: TensorSplit = WHOLE,
+        ends: bool = False,
     ):
         super().__init__()
-        self.weight = parameter((vocabulary, width), std=std, splits={0: (split.axis,)}, dtype=dtype, device=device)
+        self.weight = parameter((vocabulary, width), std=std, splits={0: (split.axis,)}, ends=ends, dtype=dtype, device=device)
         self.split = split
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -131,4 +144,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (inside,) = self.split.project(x, self.gate_up_FD)
-        return self.split.leave(F.linear(swiglu(inside, backend=self.kernels), self.down_DF))
+        return self.split.leave(linear(swiglu(inside, backend=self.kernels), self.down_DF))

@@ -19,6 +19,7 @@ from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.sharding import parameter
 from refractor_core.parallel.tensor import TensorSplit
+from refractor_core.parallel.weight_gradients import deferral
 from refractor_kernels import experts
 
 
@@ -58,9 +59,10 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
         """[M, D]: the weighted sum of each arrived row's experts."""
         arguments = (x_MD, self.gate_up_EFD, self.down_EDF, indices_MK, weights_MK)
+        op = partial(self.op, defer=deferral(self.gate_up_EFD, self.down_EDF))
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.op, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self.op(*arguments)
+            return checkpoint(op, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return op(*arguments)
 
 
 class MixtureOfExperts(nn.Module):

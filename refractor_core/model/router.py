@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refractor_core.config.model import MoeConfig
@@ -18,6 +17,7 @@ from refractor_core.parallel.collectives import reduce_from
 from refractor_core.parallel.context import ALONE, ContextSplit
 from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import parameter
+from refractor_core.parallel.weight_gradients import linear
 from refractor_kernels import route
 
 
@@ -80,7 +80,7 @@ class Router(nn.Module):
             statistics: of this micro batch, before any drop, summed over all ranks that have tokens of these sequences.
         """
         compute = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
-        logits_BSE = F.linear(x_BSD.to(compute), self.weight.to(compute))
+        logits_BSE = linear(x_BSD.to(compute), self.weight)
         weights_TK, indices_TK, affinities_TE = self.choose(logits_BSE.flatten(0, 1), self.expert_bias_E)
         chosen_BSE = torch.zeros_like(logits_BSE, dtype=torch.bool).flatten(0, 1).scatter_(1, indices_TK, True).view_as(logits_BSE)
         kept_TK = None

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from refractor_core.config.model import ModelConfig
 from refractor_core.model.output import RouterStatistics
 
 _STATISTICS = ("z_loss", "regret_hinge", "regret_bias", "regret_drop", "entropy", "dropped")
@@ -27,8 +28,17 @@ class RouterTotals:
         self._num_experts = self._top_k = 0
         self._sums_LF: Tensor | None = None
 
+    @classmethod
+    def of(cls, model: ModelConfig) -> "RouterTotals":
+        """Zeros for all MoE layers of a model, so that ranks which hold different layers add up to one vector."""
+        found = cls()
+        if model.moe_layers():
+            found._layers, found._num_experts, found._top_k = list(model.moe_layers()), model.moe.num_experts, model.moe.top_k
+            found._sums_LF = torch.zeros(len(found._layers), 2 * model.moe.num_experts + len(_SCALARS), dtype=torch.float64)
+        return found
+
     def add(self, routers: Sequence[RouterStatistics]) -> None:
-        """Takes in one micro batch: one entry per MoE layer, the same layers each time. Keeps no graph."""
+        """Takes in one micro batch: an entry for each of some MoE layers, unless made by ``of`` the same ones each time. Keeps no graph."""
         if not routers:
             return
         rows_LF = torch.stack([_row(r) for r in routers])
@@ -37,7 +47,8 @@ class RouterTotals:
             self._num_experts, self._top_k = routers[0].count_BE.shape[1], routers[0].top_k
             self._sums_LF = rows_LF
         else:
-            self._sums_LF += rows_LF
+            places = torch.tensor([self._layers.index(r.layer) for r in routers], device=rows_LF.device)
+            self._sums_LF = self._sums_LF.to(rows_LF.device).index_add_(0, places, rows_LF)
 
     def flat(self, device: torch.device | str | None = None) -> Tensor:
         """All sums as one float64 vector on ``device``, to be summed over ranks; empty without MoE layers."""
@@ -67,6 +78,10 @@ class RouterTotals:
         if self._sums_LF is None:
             raise ValueError("no router statistics were added; a dense model has no expert counts")
         return self._sums_LF[:, : self._num_experts]
+
+    def counts_of(self, layers: Sequence[int]) -> Tensor:
+        """Rows of ``counts_LE`` for some of the layers."""
+        return self.counts_LE[[self._layers.index(layer) for layer in layers]]
 
     def metrics(self, scope: Literal["sequence", "global"] = "sequence") -> dict[int, dict[str, float]]:
         """Figures per decoder layer, NaN where no token was seen.

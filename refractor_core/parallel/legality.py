@@ -45,6 +45,8 @@ def schedule_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem
     if parallel.pipeline == 1:
         if parallel.virtual_pipeline > 1:
             yield Problem("parallel.virtual_pipeline", parallel.virtual_pipeline, "must be 1 where pipeline is 1")
+        if parallel.stage_cuts is not None:
+            yield Problem("parallel.stage_cuts", list(parallel.stage_cuts), "must be null where pipeline is 1")
         return
     replicas = _readers(parallel, world_size)
     # Where the batch does not divide, that is a mistake of its own, and at least one micro batch is what remains.

@@ -128,6 +128,7 @@ def parameter(
     blocks: Mapping[int, tuple[int, ...]] | None = None,
     expert: bool = False,
     partial: bool = False,
+    ends: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Parameter:
@@ -136,11 +137,11 @@ def parameter(
     Args:
         std: standard deviation of a normal initialisation, or
         fill: the constant to start from. Exactly one of the two.
-        splits, blocks, expert, partial: see ``ShardSpec``.
+        splits, blocks, expert, partial, ends: see ``ShardSpec``.
     """
     if (std is None) == (fill is None):
         raise ValueError("give exactly one of std and fill")
-    spec = ShardSpec(tuple(global_shape), dict(splits or {}), dict(blocks or {}), expert, partial)
+    spec = ShardSpec(tuple(global_shape), dict(splits or {}), dict(blocks or {}), expert, partial, ends)
     made = nn.Parameter(torch.empty(spec.local_shape, dtype=dtype, device=device))
     made.spec, made.init_std, made.init_fill = spec, std, fill
     return made

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from refractor_core.parallel.collectives import copy_to, gather, gathered, join, reduce_from, reduce_scatter, scatter, start_sum
 from refractor_core.parallel.mesh import Axis, Mesh
+from refractor_core.parallel.weight_gradients import deferral, linear, product_gradient
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class TensorSplit:
         """From the residual stream to [B, S, D], which the ranks use differently; backward sums over their uses."""
         return gather(x, self.axis, 1) if self.sequence else copy_to(x, self.axis)
 
-    def project(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, *weights: nn.Parameter) -> tuple[Tensor, ...]:
         """``enter``, then x Wᵀ for each weight. Backward, the sum of the gradient of x is under way while those of the weights are made."""
         if self.axis.size == 1:
-            return tuple(F.linear(x, weight) for weight in weights)
+            return tuple(linear(x, weight) for weight in weights)
         return _Projections.apply(self, x, *weights)
 
     def leave(self, x_BSD: Tensor) -> Tensor:
@@ -67,9 +68,9 @@ class TensorSplit:
 
 class _Projections(Function):
     @staticmethod
-    def forward(ctx: Any, split: TensorSplit, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, split: TensorSplit, x: Tensor, *weights: nn.Parameter) -> tuple[Tensor, ...]:
         x_BSD = gathered(x, split.axis, 1) if split.sequence else x
-        ctx.split = split
+        ctx.split, ctx.defer = split, deferral(*weights)
         ctx.save_for_backward(x_BSD, *weights)
         return tuple(F.linear(x_BSD, weight) for weight in weights)
 
@@ -79,12 +80,12 @@ class _Projections(Function):
         x_BSD, *weights = ctx.saved_tensors
         grad_x = sum(grad @ weight for grad, weight in zip(gradients, weights, strict=True))
         finish = start_sum(grad_x, ctx.split.axis, 1 if ctx.split.sequence else None)
-        of_weights = [_weight_gradient(grad, x_BSD) for grad in gradients]
+
+        def make() -> tuple[Tensor, ...]:
+            return tuple(product_gradient(grad, x_BSD) for grad in gradients)
+
+        of_weights = make() if ctx.defer is None else ctx.defer(make)
         return None, finish(), *of_weights
-
-
-def _weight_gradient(grad_BSO: Tensor, x_BSD: Tensor) -> Tensor:
-    return grad_BSO.flatten(0, -2).T @ x_BSD.flatten(0, -2)
 
 
 WHOLE = TensorSplit(Axis("tensor"))

@@ -15,34 +15,41 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree
 
 from refractor_core.config import RunConfig
 from refractor_core.data.batch import Batch
 from refractor_core.model.decoder import Decoder
 from refractor_core.model.moe import Experts
-from refractor_core.objectives.language_model import language_model_loss
-from refractor_core.objectives.router import RouterLosses
 from refractor_core.optim.ema import Ema
-from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.parallel.pipeline.actions import Action, Kind
 from refractor_core.train.engine import Zero1
+from refractor_core.train.passes import Passes
 from refractor_core.train.state import DTYPES
 
 Device = Literal["accelerator", "cpu"]
+NAMES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.BACKWARD_INPUT: "backward for the input",
+    Kind.BACKWARD_WEIGHT: "backward for the weights",
+}
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a dry run cannot know.
+    """What a dry run cannot know, or need not do in full.
 
     Args:
         sequence_length: tokens per sequence.
-        micro_batches: per step and data rank; memory does not grow with them beyond what the schedule keeps in flight.
+        micro_batches: passes to do; memory does not grow with them beyond what the schedule keeps in flight.
         load: rows that come to a rank's experts over an even share.
         device: whose memory is meant.
     """
@@ -61,10 +68,10 @@ class Footprint:
         parameters: weights in the format of computation, and buffers.
         gradients: main gradients, float32 at least.
         optimizer: this rank's share of master weights, moments and average.
-        activations: kept from forward passes for backward passes that are to come, when the work in ``phase`` began.
+        activations: what was kept between passes when the work in ``phase`` began: saved for backward passes, or on its way between stages.
         temporary: what the work in ``phase`` held besides: gradients of activations, recomputed activations, exchanged rows.
         phase: what the rank was doing.
-        largest_transfer: bytes that the largest collective reads and writes; they are part of ``temporary`` and ``activations``.
+        largest_transfer: bytes that the largest collective reads and writes; they are part of the others.
     """
 
     parameters: int
@@ -82,12 +89,16 @@ class Footprint:
 
 
 def rehearse(config: RunConfig, layout: Layout, rank: int, given: Assumptions) -> Footprint:
-    """Builds rank ``rank`` of the layout and does one step.
+    """Builds rank ``rank`` of the layout and does the passes of a step and the reduction of its gradients.
+
+    The update is left out: it works in place (Adafactor holds a matrix's estimate besides, at a time when no activations are there).
 
     Raises:
         RuntimeError: a process group exists already; a dry run makes one of its own.
         ValueError: the model does not fit the layout.
     """
+    if given.device == "cpu":
+        config = config.model_copy(update={"kernels": "torch"})
     with _world(layout.world_size, rank):
         mesh = Mesh.create(layout, rank)
         with FakeTensorMode() if given.device == "cpu" else contextlib.nullcontext(), _Bytes(given.device) as counted:
@@ -106,51 +117,51 @@ def _world(size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Bytes(MemTracker):
-    """Bytes alive, and where in the step they are most.
+class _NoModules(ModTracker):
+    """Tells no modules apart. Torch's own tracker of modules refuses a second micro batch while one is under way, as in a pipeline, and its
+    hooks keep a stage's received inputs for good."""
 
-    Modules are not told apart: where several micro batches of a module are under way, as in a pipeline, the tracker refuses to.
-    """
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _Bytes(MemTracker):
+    """Bytes alive, and in which phase of a step they are most."""
 
     def __init__(self, device: Device):
         super().__init__()
+        self._mod_tracker = _NoModules()
         self.device = torch.device("cpu" if device == "cpu" else "meta")
-        self.phase, self.held, self.largest_transfer = "set-up", 0, 0
+        self.largest_transfer = 0
+        self._phases: list[tuple[str, int, int]] = []
+
+    def _total(self, kind: str) -> int:
+        return self.get_tracker_snapshot(kind).get(self.device, {}).get("Total", 0)
 
     def now(self) -> int:
         """Bytes alive."""
         return self._total("current")
 
-    @property
-    def peak(self) -> int:
-        """The most that were alive since the start."""
-        return self._total("peak")
+    def begin(self, phase: str) -> None:
+        """Ends the phase before."""
+        self._phases.append((phase, self.now(), self._total("peak")))
 
-    def _total(self, kind: str) -> int:
-        return self.get_tracker_snapshot(kind).get(self.device, {}).get("Total", 0)
-
-    @contextlib.contextmanager
-    def doing(self, phase: str) -> Iterator[None]:
-        """Keeps the phase's name, and what was held before it, if it goes above all phases before."""
-        before, held = self.peak, self.now()
-        yield
-        if self.peak > before:
-            self.phase, self.held = phase, held
+    def highest(self) -> tuple[str, int, int]:
+        """(phase of the peak, bytes alive when it began, peak), since the first ``begin``."""
+        peaks = [*(peak for _, _, peak in self._phases[1:]), self._total("peak")]
+        at = max(range(len(peaks)), key=lambda i: (peaks[i], -i))
+        phase, held, _ = self._phases[at]
+        return phase, held, max(peaks[at], held)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace == "c10d":
-            moved = _bytes(t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            moved = _bytes(t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             self.largest_transfer = max(self.largest_transfer, moved)
         return out
-
-    def _pre_fw_hook(self, module: nn.Module, inputs: object) -> None: ...
-
-    def _post_fw_hook(self, module: nn.Module, inputs: object, outputs: object) -> None: ...
-
-    def _pre_bw_hook(self, module: nn.Module, args: object) -> None: ...
-
-    def _post_bw_hook(self, module: nn.Module, args: object) -> None: ...
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -158,12 +169,30 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@dataclass(frozen=True)
+class _Alike(Batch):
+    """A batch without values, whose micro batches are all the same."""
+
+    number: int = 1
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        """See ``Batch``."""
+        for _ in range(self.number):
+            yield self
+
+
+def _batch(rows: int, given: Assumptions, device: torch.device) -> Batch:
+    tokens_BS, labels_BS = (torch.empty(rows, given.sequence_length, dtype=torch.int64, device=device) for _ in range(2))
+    bounds = torch.empty(2 * rows + 1, dtype=torch.int32, device=device)  # two documents a row
+    sources_B = torch.empty(rows, dtype=torch.int64, device=device)
+    return _Alike(tokens_BS, labels_BS, bounds, sources_B, loss_tokens=1, sequences=rows, number=given.micro_batches)
+
+
 def _step(config: RunConfig, mesh: Mesh, given: Assumptions, counted: _Bytes) -> Footprint:
-    kernels = "torch" if given.device == "cpu" else config.kernels
     model = Decoder(
         config.model,
         mesh=mesh,
-        kernels=kernels,
+        kernels=config.kernels,
         activation_checkpointing=config.batch.activation_checkpointing,
         dtype=DTYPES[config.precision.compute],
         device=counted.device,
@@ -176,37 +205,14 @@ def _step(config: RunConfig, mesh: Mesh, given: Assumptions, counted: _Bytes) ->
     weights = _bytes([*model.parameters(), *model.buffers()])
     main = _bytes(p.main_grad for p in model.parameters())
     lasting = counted.now()
-    losses = RouterLosses(config.objectives, config.run.steps)
-    engine.begin()
-    for i in range(given.micro_batches):
-        micro = _micro_batch(config.batch.micro_batch_size, given, counted.device)
-        if i == given.micro_batches - 1:
-            engine.last_micro_batch()
-        with counted.doing(f"forward of micro batch {i}"):
-            output = model(micro.tokens_BS, micro.cu_seqlens)
-            head, axis = model.head.weight, mesh.axis("tensor")
-            loss = language_model_loss(output, ContextSplit.of(mesh).own(micro.labels_BS), head, micro.loss_tokens, kernels, axis)
-            loss = loss + losses(output.routers, micro.sequences, given.sequence_length, config.run.steps)[1].to(loss)
-            del output
-        with counted.doing(f"backward of micro batch {i}"):
-            loss.backward()
-            del loss
-    with counted.doing("reduction of gradients"):
-        engine.finish(1.0)
-    return Footprint(
-        weights,
-        main,
-        lasting - weights - main,
-        counted.held - lasting,
-        counted.peak - counted.held,
-        counted.phase,
-        counted.largest_transfer,
-    )
+    batch = _batch(config.batch.micro_batch_size, given, counted.device)
+    several = len(model.stages) > 1
 
+    def before(action: Action) -> None:
+        counted.begin(f"{NAMES[action.kind]}{f' of stage {action.stage}' if several else ''}, micro batch {action.micro_batch}")
 
-def _micro_batch(rows: int, given: Assumptions, device: torch.device) -> Batch:
-    shape = rows, given.sequence_length
-    tokens_BS, labels_BS = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
-    bounds = torch.empty(2 * rows + 1, dtype=torch.int32, device=device)  # two documents a row
-    sources_B = torch.empty(rows, dtype=torch.int64, device=device)
-    return Batch(tokens_BS, labels_BS, bounds, sources_B, loss_tokens=1, sequences=rows)
+    Passes(model, mesh, config, engine, config.run.steps)(batch, config.run.steps, before=before)
+    counted.begin("reduction of gradients")
+    engine.finish(1.0)
+    phase, held, peak = counted.highest()
+    return Footprint(weights, main, lasting - weights - main, held - lasting, peak - held, phase, counted.largest_transfer)

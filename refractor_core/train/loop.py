@@ -40,7 +40,7 @@ class Trainer:
         self.state = TrainState.fresh(config, runtime)
         if checkpoint is not None:
             self.state.load(checkpoint, runtime.place.rank)
-        self.stepper = Stepper(config, self.state, runtime.mesh.axis("data"))
+        self.stepper = Stepper(config, self.state, runtime.mesh)
         self.requests = Requests(directory.requests)
         self._kill_marker = directory.path / ".fault-kill-done"
         self._kill_armed = config.faults.kill_at_step is not None and not self._kill_marker.exists()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import partition
+from refractor_core.verify.activations import first_difference
 from refractor_core.verify.trial import Outcome, Piece
 
 NORM = "(gradient norm)"
@@ -94,11 +95,7 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
     Args:
         outcomes: by rank.
     """
-    losses = {o.data_rank: [] for o in outcomes}
-    for outcome in outcomes:
-        losses[outcome.data_rank].append(outcome.loss)
-    totals = [sum(picked) for picked in zip(*losses.values(), strict=True)]
-    loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in totals)
+    loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in _losses(outcomes, layout))
     found = errors(reference, outcomes, tolerance.floor)
     wrong = [name for name, error in found.items() if not error <= tolerance.of(name)]
     culprit = ""
@@ -117,9 +114,27 @@ def errors(reference: Outcome, outcomes: Sequence[Outcome], floor: float) -> dic
     largest = max(piece.gradient.double().norm().item() for piece in reference.pieces.values())
     found = {}
     for name, piece in reference.pieces.items():
-        found[name] = _error(piece.gradient, [o.pieces[name] for o in outcomes if name in o.pieces], floor * largest)
+        found[name] = _error(piece.gradient, _held(outcomes, name), floor * largest)
     found[NORM] = max(_or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
     return found
+
+
+def _losses(outcomes: Sequence[Outcome], layout: Layout) -> list[float]:
+    """The whole loss as each rank would have it: the language model's summed over all that have other tokens or stages, the objectives over
+    all that have other sequences or layers."""
+    grid, sequences = layout.dense_grid, ("pipeline", "data_replicate", "data_shard")
+    found = [0.0] * len(outcomes)
+    for part, along in (("language_model", (*sequences, "context")), ("objectives", sequences)):
+        for group in partition(grid, along):
+            total = sum(getattr(outcomes[rank], part) for rank in group)
+            for rank in group:
+                found[rank] += total
+    return found
+
+
+def _held(outcomes: Sequence[Outcome], name: str) -> dict[int, Piece]:
+    """A parameter's pieces by rank, on the ranks that hold it."""
+    return {rank: outcome.pieces[name] for rank, outcome in enumerate(outcomes) if name in outcome.pieces}
 
 
 def expected(whole: Tensor, piece: Piece) -> Tensor:
@@ -129,11 +144,11 @@ def expected(whole: Tensor, piece: Piece) -> Tensor:
     return whole
 
 
-def _error(whole: Tensor, pieces: list[Piece], floor: float) -> float:
+def _error(whole: Tensor, pieces: dict[int, Piece], floor: float) -> float:
     """Distinct pieces add up to the tensor; of the ranks that hold the same one, the worst counts."""
     worst: dict[object, float] = {}
     held = 0
-    for piece in pieces:
+    for piece in pieces.values():
         held += 0 if piece.ranges in worst else piece.gradient.numel()
         delta = (piece.gradient.double() - expected(whole, piece).double()).square().sum().item()
         worst[piece.ranges] = max(worst.get(piece.ranges, 0.0), _or_infinite(delta))
@@ -145,7 +160,13 @@ def _error(whole: Tensor, pieces: list[Piece], floor: float) -> float:
 
 def _culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_is_wrong: bool) -> str:
     if loss_is_wrong:
-        told = "the loss itself is wrong, so the fault is in the forward pass: a sum, a slice or a routing decision"
+        noise = 1e-10 if next(iter(reference.pieces.values())).gradient.dtype == torch.float64 else 0.01
+        place = first_difference(reference.squares, [outcome.squares for outcome in outcomes], noise)
+        told = "the loss itself is wrong, so the fault is in the forward pass"
+        if place is None:
+            told = f"{told}, but all layers' outputs are right: a sum in the loss, or the statistics that router objectives are made of"
+        else:
+            told = f"{told}, whose output is first wrong after {place}: a sum, a slice or a routing decision"
     elif wrong == [NORM]:
         return _norm_culprit(reference, outcomes, layout)
     else:
@@ -154,29 +175,55 @@ def _culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wr
     if not wrong:
         return told
     name = wrong[-1]  # in the model's order, hence nearest to the loss
-    signature = _signature(reference.pieces[name].gradient, [o.pieces[name] for o in outcomes], layout)
+    signature = _signature(reference.pieces[name].gradient, _held(outcomes, name), layout)
     right = len(reference.pieces) - len(wrong)
     place = f"{len(wrong)} gradients are wrong and {right} right; the one nearest to the loss is {name}"
-    return f"{told}; {place}: {signature}"
+    return f"{told}; {place}: {signature}{_stage(outcomes, set(wrong))}"
 
 
-def _signature(whole: Tensor, pieces: list[Piece], layout: Layout) -> str:
+def _stage(outcomes: Sequence[Outcome], wrong: set[str]) -> str:
+    """Where in a pipeline the wrong gradients begin, seen from the loss; empty without a pipeline."""
+    stages: dict[int, set[str]] = {}
+    for outcome in outcomes:
+        for stage, names in outcome.stages.items():
+            stages.setdefault(stage, set()).update(names)
+    if len(stages) == 1:
+        return ""
+    shared = {name for stage, names in stages.items() for name in names if any(name in stages[other] for other in stages if other != stage)}
+    last = max((stage for stage, names in stages.items() if (names - shared) & wrong), default=None)
+    if last is None:
+        return "; it is held by two stages, and all that one stage alone holds is right"
+    below = "".join(f" and of stages 0 to {last - 1} before it" if last > 1 else " and of stage 0 before it" for _ in range(bool(last)))
+    all_wrong = all(stages[stage] - shared <= wrong for stage in range(last + 1))
+    if all_wrong and last + 1 < len(stages):
+        return (
+            f"; all parameters of stage {last}{below} are wrong and all after it right: look at what stage {last} receives from stage "
+            f"{last + 1}: another micro batch's gradient, one that comes twice, or none"
+        )
+    above = f", all parameters of stages after {last} are right" if last + 1 < len(stages) else ""
+    return f"; it is a parameter of stage {last}{above}: look at that stage's own losses and at its layers' backward pass"
+
+
+def _signature(whole: Tensor, pieces: dict[int, Piece], layout: Layout) -> str:
     """What the ranks' gradients of one parameter have in common."""
-    aims = [expected(whole, piece).double() for piece in pieces]
-    found = [piece.gradient.double() for piece in pieces]
-    for axis, groups in _axes(layout).items():
+    aims = {rank: expected(whole, piece).double() for rank, piece in pieces.items()}
+    found = {rank: piece.gradient.double() for rank, piece in pieces.items()}
+    axes = {axis: [group for group in groups if all(rank in pieces for rank in group)] for axis, groups in _axes(layout).items()}
+    axes = {axis: groups for axis, groups in axes.items() if groups}
+    for axis, groups in axes.items():
         replicated = all(len({pieces[rank].ranges for rank in group}) == 1 for group in groups)
         if replicated and all(_close(sum(found[rank] for rank in group), aims[group[0]]) for group in groups):
             return f"the {axis} ranks hold terms of the right sum: the reduction over {axis} is missing"
-    factors = [(f.flatten() @ a.flatten()).item() / max((a.flatten() @ a.flatten()).item(), 1e-300) for f, a in zip(found, aims)]
+    pairs = [(found[rank], aims[rank]) for rank in pieces]
+    factors = [(f.flatten() @ a.flatten()).item() / max((a.flatten() @ a.flatten()).item(), 1e-300) for f, a in pairs]
     factor = factors[0]
-    if all(math.isclose(other, factor, rel_tol=1e-3) for other in factors) and all(_close(f, factor * a) for f, a in zip(found, aims)):
-        sizes = ", ".join(f"{axis}={len(groups[0])}" for axis, groups in _axes(layout).items() if _power(factor, len(groups[0])))
+    if all(math.isclose(other, factor, rel_tol=1e-3) for other in factors) and all(_close(f, factor * a) for f, a in pairs):
+        sizes = ", ".join(f"{axis}={len(groups[0])}" for axis, groups in axes.items() if _power(factor, len(groups[0])))
         which = f", a power of the size of {sizes}" if sizes else ""
         if factor > 1:
             return f"exactly {factor:g} times the right gradient{which}: one reduction too many"
         return f"exactly {factor:g} times the right gradient{which}: a mean where a sum belongs, or a reduction too few"
-    for axis, groups in _axes(layout).items():
+    for axis, groups in axes.items():
         same = [(group[0], rank) for group in groups for rank in group[1:] if pieces[rank].ranges == pieces[group[0]].ranges]
         if same and any(not _close(found[a], found[b]) for a, b in same):
             return f"the {axis} ranks hold the same piece and disagree: a reduction over {axis} is missing, of it or of a gradient above it"
@@ -213,6 +260,8 @@ def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
         "context × tensor": (dense, ("context", "tensor")),
     }
     found = {name: partition(grid, axes) for name, (grid, axes) in along.items()}
+    # Tied embeddings are on both; groups that do not hold a parameter are left out where it is judged.
+    found["first and last pipeline"] = [(ranks[0], ranks[-1])[: len(ranks)] for ranks in partition(dense, ("pipeline",))]
     return {name: groups for name, groups in found.items() if len(groups[0]) > 1}
 
 

@@ -91,7 +91,8 @@ def verify_layouts(
 
     Args:
         path: the run's YAML file.
-        layouts: such as ``tensor=2,sequence=true,expert=2``; what is not named is 1, and data parallelism fills the expert grid.
+        layouts: such as ``tensor=2,sequence=true,pipeline=4,schedule=zb_h1,stage_cuts=2/4/6``; what is not named is 1, and data
+            parallelism fills the expert grid.
         overrides: ``key.path=value``.
         dtype: float64, float32 or bf16. Below float64 all ranks follow one process's routing.
         shrink: the same structure in small.
@@ -239,13 +240,18 @@ def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
             close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
             mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
             problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
+            continue
+        if name == "stage_cuts":
+            cuts = [int(cut) for cut in value.split("/") if cut.isdecimal() and int(cut)]
+            values[name] = tuple(cuts) if len(cuts) == value.count("/") + 1 else None
+            told = "expected layers above 0, parted by /, such as 2/4/6"
         elif words := _words(name):
             values[name] = words.get(value)
             told = f"expected {' or '.join(words)}"
         else:
             values[name] = int(value) if value.isdecimal() and int(value) > 0 else None
             told = "expected a whole number above 0"
-        if name in values and values[name] is None:
+        if values[name] is None:
             problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
     if problems:
         raise ConfigError(problems)

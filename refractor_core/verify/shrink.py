@@ -13,22 +13,30 @@ _LAYERS_OF_A_KIND = 2
 
 def shrunk(config: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     """The run with its sizes brought down as far as the layouts allow; numbers of heads and experts stay, for it is they that layouts
-    split. At most two dense layers and two with experts are kept."""
+    split. At most two dense layers and two with experts are kept, and more where pipeline stages need them: all, where these are cut by
+    hand."""
     tensor = math.lcm(*(layout.tensor for layout in layouts))
     inside = math.lcm(tensor, *(layout.expert_tensor for layout in layouts))
     ranks = math.lcm(*(layout.data for layout in layouts))
-    model = _model(config.model, tensor, inside)
+    stages = config.model.num_layers
+    if all(layout.stage_cuts is None for layout in layouts):
+        stages = max(layout.pipeline * layout.virtual_pipeline for layout in layouts)
+    model = _model(config.model, tensor, inside, stages)
     chunks = math.lcm(*(layout.tensor * (2 * layout.context if layout.context > 1 else 1) for layout in layouts))
     length = _multiple(min(config.curriculum.stages[0].sequence_length, _LENGTH), chunks)
-    stages = tuple(stage.model_copy(update={"sequence_length": length}) for stage in config.curriculum.stages)
+    curriculum = tuple(stage.model_copy(update={"sequence_length": length}) for stage in config.curriculum.stages)
     micro = min(config.batch.micro_batch_size, 2)
-    batch = config.batch.model_copy(update={"micro_batch_size": micro, "global_batch_size": 2 * micro * ranks})
-    return config.model_copy(update={"model": model, "batch": batch, "curriculum": config.curriculum.model_copy(update={"stages": stages})})
+    count = max(2, math.lcm(*(layout.pipeline for layout in layouts)))  # micro batches that every schedule can do
+    batch = config.batch.model_copy(update={"micro_batch_size": micro, "global_batch_size": count * micro * ranks})
+    return config.model_copy(
+        update={"model": model, "batch": batch, "curriculum": config.curriculum.model_copy(update={"stages": curriculum})}
+    )
 
 
-def _model(model: ModelConfig, tensor: int, inside: int) -> ModelConfig:
+def _model(model: ModelConfig, tensor: int, inside: int, stages: int) -> ModelConfig:
     dense = min(model.moe_layers().start, _LAYERS_OF_A_KIND)
-    sparse = min(len(model.moe_layers()), _LAYERS_OF_A_KIND)
+    sparse = min(len(model.moe_layers()), max(_LAYERS_OF_A_KIND, stages - dense))
+    dense = min(model.moe_layers().start, max(dense, stages - sparse))
     latent = model.attention.latent
     ranks = {"kv_lora_rank": min(latent.kv_lora_rank, _RANK), "q_lora_rank": latent.q_lora_rank and min(latent.q_lora_rank, _RANK)}
     widths = {name: min(getattr(latent, name), _HEAD) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}

@@ -14,13 +14,13 @@ from refractor_core.data.batch import IGNORE, Batch
 from refractor_core.model.decoder import Decoder
 from refractor_core.model.moe import routers
 from refractor_core.model.router import Router
-from refractor_core.objectives.language_model import language_model_loss
-from refractor_core.objectives.router import RouterLosses
-from refractor_core.parallel.context import ContextSplit
 from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.norm import gradient_norm
+from refractor_core.parallel.pipeline.actions import Action
 from refractor_core.parallel.sharding import initialise
+from refractor_core.train.passes import Passes
+from refractor_core.verify.activations import Activations
 
 Prepare = Callable[[Decoder, Mesh], None]
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
@@ -58,20 +58,29 @@ class Outcome:
     """What one rank found.
 
     Args:
-        loss: sum over this rank's tokens, of which each tensor rank has the same, and its share of the router objectives.
-        data_rank: whose tokens these are: place along data × context.
-        pieces: by parameter.
+        language_model: that loss over this rank's tokens, the same on all tensor ranks; 0 where another stage has it.
+        objectives: the weighted router objectives of this rank's sequences and layers, the same on all context and tensor ranks.
+        pieces: by parameter, of those that this rank holds.
+        stages: names of the parameters of each of this rank's stages.
         norm: of the whole gradient.
-        routing: experts chosen, by layer, [B, S, K] of this rank's tokens.
+        routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
         changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
+        squares: of the modules' outputs, see ``Activations``.
     """
 
-    loss: float
-    data_rank: int
+    language_model: float
+    objectives: float
     pieces: dict[str, Piece]
+    stages: dict[int, tuple[str, ...]]
     norm: float
     routing: dict[int, Tensor]
     changed: float
+    squares: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """All of it, of one process."""
+        return self.language_model + self.objectives
 
 
 def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outcome:
@@ -85,31 +94,25 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     if prepare is not None:
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
+    activations = Activations(model, mesh)
     followers = [_Follower(router, trial.routing, batch, mesh) for router in routers(model)]
-    losses = RouterLosses(config.objectives, config.run.steps)
-    previous = model.previous_counts() if config.objectives.load_balance.scope == "global" else None
     buffers = GradientBuffers(model.named_parameters(), mesh)
-    buffers.begin()
-    total, first, length, context = 0.0, 0, batch.tokens_BS.shape[1], ContextSplit.of(mesh)
-    size = config.batch.micro_batch_size
-    for micro in batch.micro_batches(size):
-        if first + size >= len(batch.tokens_BS):
-            buffers.last_micro_batch()
+    passes = Passes(model, mesh, config, buffers, config.run.steps)
+
+    def follow(action: Action) -> None:
         for follower in followers:
-            follower.first = first
-        output = model(micro.tokens_BS, micro.cu_seqlens)
-        head, axis = model.head.weight, mesh.axis("tensor")
-        loss = language_model_loss(output, context.own(micro.labels_BS), head, batch.loss_tokens, config.kernels, axis)
-        # Every context rank has the router objectives of whole sequences: a share of each is told, so that ranks' losses add up.
-        objectives = losses(output.routers, batch.sequences, length, config.run.steps, previous)[1].to(loss)
-        (loss + objectives).backward()
-        total, first = total + (loss + objectives / context.axis.size).item(), first + size
+            follower.first = action.micro_batch * config.batch.micro_batch_size
+
+    result = passes(batch, config.run.steps, before=follow)
     norm = gradient_norm(buffers.finish(), mesh).item()
     buffers.gather_gradients()
-    pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+    pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for p, name in names.items()}
+    stages = {stage.index: tuple(names[p] for p in model.stage_parameters(stage)) for stage in model.stages}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
-    return Outcome(total, mesh.axis("data_context").rank, pieces, norm, routing, changed)
+    parts = [result.losses[name].item() for name in ("language_model", "routers")]
+    return Outcome(*parts, pieces, stages, norm, routing, changed, activations.squares)
 
 
 def _model(trial: Trial, mesh: Mesh) -> Decoder:

@@ -20,8 +20,10 @@ from refractor_core.verify.layouts import verify_layouts
 from refractor_kernels import attention
 from tests.distributed.documents import write
 from tests.distributed.lattice import MODELS
+from tests.distributed.long_context import step
 from tests.distributed.test_layers import CONFIG, DENSE
 from tests.kernels import oracles
+from tests.ranks import run_ranks
 
 CU = torch.tensor([0, 1, 2, 9, 10, 16, 24, 25, 32], dtype=torch.int32)  # two rows of 16: eight chunks of two, or four of four
 CASES = {  # documents, window, head counts, widths
@@ -199,3 +201,10 @@ def test_the_next_block_is_under_way_while_this_one_is_attended_to(ranks):
             ["attend", "wait", launch, "wait"],
         )
         assert backward == first + middle * 2 + last
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_step_at_131072_tokens_stays_under_four_gibibytes_a_rank(tmp_path):
+    for found in run_ranks(2, step, 1 << 17, Layout(2, context=2), directory=tmp_path, timeout=3000):
+        assert math.isfinite(found["grad_norm"]) and found["peak_gib"] < 4

@@ -169,8 +169,8 @@ def test_shared_experts_are_computed_while_routed_tokens_are_under_way(ranks):
 
 
 def _projection_order(rank, sequence):
-    told, weight_gradient, start = [], tensor._weight_gradient, tensor.start_sum
-    tensor._weight_gradient = lambda *args: (told.append("weight gradient"), weight_gradient(*args))[1]
+    told, weight_gradient, start = [], tensor.product_gradient, tensor.start_sum
+    tensor.product_gradient = lambda *args: (told.append("weight gradient"), weight_gradient(*args))[1]
 
     def started(*args):
         finish = start(*args)

@@ -50,7 +50,8 @@ def test_what_is_named_is_legal(run, tensor, expert, inside, shard, world):
     found = nearest(config, world)
     assert len(found) <= 3
     for layout in found:
-        degrees = {name: getattr(layout, name) for name in ("tensor", "expert", "expert_tensor", "data_shard", "data_replicate", "context")}
+        degrees = {name: getattr(layout, name) for name in ("tensor", "expert", "expert_tensor", "data_shard", "data_replicate")}
+        degrees |= {"pipeline": layout.pipeline, "context": layout.context}
         assert layout.world_size == world and reasons(_with(run, **degrees), world) == []
     if world in (2, 4, 8):
         assert found

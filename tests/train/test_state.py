@@ -18,7 +18,7 @@ def test_all_of_the_state_comes_back(tiny_config, tmp_path):
     config = tiny_config(precision__compute="fp16", objectives__load_balance={"scope": "global"})
     plan, runtime = BatchPlan(Dataset.open(config.data.dir), config), Runtime(Place(), torch.device("cpu"), Mesh.single())
     used = TrainState.fresh(config, runtime)
-    stepper = Stepper(config, used, runtime.mesh.axis("data"))
+    stepper = Stepper(config, used, runtime.mesh)
     for step in range(2):
         stepper(plan.batch(step))
     torch.rand(7)  # nothing in a run draws yet; dropout or sampling would

@@ -34,7 +34,7 @@ def stepped(config, rank=0, world=1, steps=2):
     runtime = Runtime(Place(rank, world), torch.device("cpu"), mesh)
     state = TrainState.fresh(config, runtime)
     plan = BatchPlan(Dataset.open(config.data.dir), config)
-    stepper = Stepper(config, state, mesh.axis("data"))
+    stepper = Stepper(config, state, mesh)
     results = [stepper(plan.batch(i, rank, world)) for i in range(steps)]
     state.engine.gradients.gather_gradients()
     gradients = {name: p.main_grad.clone() for name, p in state.model.named_parameters()}

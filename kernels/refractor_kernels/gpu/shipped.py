@@ -27,9 +27,12 @@ class Shipped:
         variants: by dtype and mode.
         work: ``multiplies`` matrices, and must use the tensor cores, fed asynchronously; ``moves`` tensors, and must move 16 bytes at a
             time; ``indexes``, on which neither is asked.
+        wide_share: least part of the bytes moved by loads, and of those by stores, that must go 16 at a time, as the code stands. What is
+            left is for one number per row; a kernel of four streams of which one is narrow has 0.75.
     """
 
     table: str
     kernel: Any
     variants: tuple[Variant, ...]
     work: Literal["moves", "multiplies", "indexes"] = "moves"
+    wide_share: float = 0.8

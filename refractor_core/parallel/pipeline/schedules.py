@@ -31,6 +31,8 @@ class _Recipe(NamedTuple):
     order: Callable[[int, int, int, int], list[Action]]
     virtual: tuple[int, int | None] = (1, 1)
     """Fewest and most stages per rank."""
+    splits: bool = False
+    """Weights' gradients are made apart from the gradient of the input (I and W instead of B)."""
     folded: bool = False
     """Stages go up the ranks and come back down (a V), instead of round and round."""
 
@@ -52,12 +54,15 @@ def build_schedule(kind: str, pipeline: int, micro_batches: int, virtual: int | 
     reasons = problems(kind, pipeline, micro_batches, virtual)
     if reasons:
         raise ValueError("; ".join(reasons))
-    recipe = KINDS[kind]
+    compute = [KINDS[kind].order(rank, pipeline, micro_batches, virtual) for rank in range(pipeline)]
+    return with_communication(kind, micro_batches, placement(kind, pipeline, virtual), compute)
+
+
+def placement(kind: str, pipeline: int, virtual: int) -> tuple[int, ...]:
+    """The pipeline rank that holds each stage, from the embedding to the loss: a property of the layout, whatever the micro batches."""
     up = list(range(pipeline))
-    rounds = [up[::-1] if recipe.folded and loop % 2 else up for loop in range(virtual)]
-    rank_of_stage = tuple(rank for ranks in rounds for rank in ranks)
-    compute = [recipe.order(rank, pipeline, micro_batches, virtual) for rank in range(pipeline)]
-    return with_communication(kind, micro_batches, rank_of_stage, compute)
+    rounds = [up[::-1] if KINDS[kind].folded and loop % 2 else up for loop in range(virtual)]
+    return tuple(rank for ranks in rounds for rank in ranks)
 
 
 def problems(kind: str, pipeline: int, micro_batches: int, virtual: int) -> list[str]:
@@ -144,7 +149,7 @@ KINDS = {
     "gpipe": _Recipe(_gpipe),
     "1f1b": _Recipe(_1f1b),
     "interleaved": _Recipe(_interleaved, virtual=(2, None)),
-    "zb_h1": _Recipe(_zb_h1),
-    "zbv": _Recipe(_zbv, virtual=(2, 2), folded=True),
+    "zb_h1": _Recipe(_zb_h1, splits=True),
+    "zbv": _Recipe(_zbv, virtual=(2, 2), splits=True, folded=True),
 }
 """Name → how it is made."""

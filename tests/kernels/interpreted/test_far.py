@@ -1,8 +1,9 @@
 """Offsets are 64-bit wherever a tensor may hold more than 2³¹ elements."""
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from refractor_kernels.gpu import norm, rotary, swiglu
+from refractor_kernels.gpu import combine, grouped, norm, outer, rotary, swiglu
 from tests.kernels import oracles
 from tests.kernels.interpreted.far import Before, along_the_grid
 
@@ -59,3 +60,46 @@ def test_rotary():
             INTERLEAVED=False, BACK=False, TOKENS=1, HEADS=1, BLOCK=32,
         )  # fmt: skip
     torch.testing.assert_close(y, oracles.rotary(x, cos, sin, False).view(1, 64))
+
+
+SIZES = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
+
+
+def test_grouped_gemm_and_weight_gradients():
+    """One expert with one row, far along the rows, of a token far along the tokens; then far along the experts."""
+    x, w, token = torch.randn(1, 64), torch.randn(1, 16, 64), torch.tensor([FAR], dtype=torch.int32)
+    start, weight = torch.tensor([FAR, FAR + 1], dtype=torch.int32), torch.tensor([0.5])
+    out, row = torch.empty(1, 16), Before(token, FAR)
+    with along_the_grid(0):
+        pre = Before(torch.empty(1, 32), FAR * 32)
+        grouped._grouped[(1,)](
+            Before(x, FAR * 64), row, weight, TensorDescriptor.from_tensor(w, [1, 16, 16]), start, Before(out, FAR * 16), pre, pre, pre,
+            1, 16, 64, **grouped.MODES["grouped_down"] | {"GATHER": True}, **SIZES, BINS=2,
+        )  # fmt: skip
+        torch.testing.assert_close(out, x @ w[0].T)
+        down, grad, gate_up = torch.randn(1, 64, 16), torch.randn(1, 64), torch.randn(1, 32)
+        grad_pre, act, share = torch.empty(1, 32), torch.empty(1, 16), torch.empty(1, 1)
+        grouped._grouped[(1,)](
+            Before(grad, FAR * 64), row, Before(weight, FAR), TensorDescriptor.from_tensor(down, [1, 16, 16]), start,
+            Before(grad_pre, FAR * 32), Before(gate_up, FAR * 32), Before(act, FAR * 16), Before(share, FAR), 1, 16, 64,
+            **grouped.MODES["grouped_grad_activation"], **SIZES, BINS=2,
+        )  # fmt: skip
+        torch.testing.assert_close(act, 0.5 * oracles.swiglu(gate_up))
+        torch.testing.assert_close(share, ((grad @ down[0]) * oracles.swiglu(gate_up)).sum(1, keepdim=True))
+        expert = 2**31 // (32 * 64) + 3
+        made, longest = torch.empty(32, 64), torch.tensor([expert], dtype=torch.int32)
+        outer._outer[(1,)](
+            Before(grad_pre, FAR * 32), Before(x, FAR * 64), row, Before(start, expert), longest, Before(made, expert * 32 * 64), 1, 32, 64,
+            GATHER="right", ACCUMULATE=False, **SIZES,
+        )  # fmt: skip
+    torch.testing.assert_close(made, grad_pre.T @ x)
+
+
+def test_combine():
+    rows, row, weight, out = torch.randn(1, 64), torch.tensor([FAR], dtype=torch.int32), torch.tensor([2.0]), torch.empty(1, 64)
+    with along_the_grid(FAR):
+        combine._combine[(1, 1)](
+            Before(rows, FAR * 64), Before(row, FAR), Before(weight, FAR), Before(out, FAR * 64), FAR + 1, 1, 64,
+            WEIGHTED=True, CHOICES=1, BLOCK=64,
+        )  # fmt: skip
+    torch.testing.assert_close(out, 2 * rows)
