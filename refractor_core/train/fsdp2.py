@@ -124,7 +124,7 @@ def _fully_shard(model: nn.Module, mesh: Mesh, reshard_after_forward: bool) -> N
         fully_shard(module, mesh=whose, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=meshes[False], mp_policy=policy, reshard_after_forward=False)
     model.set_reshard_after_backward(False, recurse=False)
-    register_fsdp_forward_method(model, "run_stage")
+    register_fsdp_forward_method(model, "run_stage")  # what training calls in place of the model
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP averages unless told; losses are divided by global counts already
             module.set_gradient_divide_factor(1.0)
