@@ -29,7 +29,7 @@ from refractor_core.objectives.router import RouterLosses
 from refractor_core.optim.schedule import Schedule
 from refractor_core.parallel.sharding import fill_initial, initialise
 from refractor_core.train.directory import RunDirectory
-from refractor_core.train.loop import Trainer
+from refractor_core.train.loop import Trainer, preflight
 from refractor_core.train.place import Place
 from refractor_core.train.runtime import Runtime
 
@@ -89,7 +89,7 @@ def compare(config: RunConfig, blocks: int, steps: int) -> dict:
     """Ratio of trainer to bare loop over interleaved blocks, the order alternating; a block of warm-up first."""
     directory = RunDirectory(Path(config.run.dir))
     with directory.locked(), Runtime.joined(config, Place()) as runtime:
-        trainer = Trainer(config, runtime, directory)
+        trainer = Trainer(config, runtime, directory, preflight(config, directory))
         bare = BareLoop(config, trainer.plan, (blocks + 1) * steps)
         times = []
         for block in range(blocks + 1):

@@ -4,7 +4,7 @@ A tensor is stored as pieces: stretches with an ``Extent``, as the ranks that sa
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
 
@@ -137,3 +137,12 @@ def _are_disjoint(extents: Sequence[Extent]) -> bool:
 
 def _apart(ranges: Iterable[tuple[int, int]]) -> bool:
     return all(end <= begin for (_, end), (begin, _) in pairwise(sorted(ranges)))
+
+
+def upgraded(body: Mapping) -> dict:
+    """A manifest of format 1, where every tensor is whole in one file, as one of today."""
+    tensors = {}
+    for name, told in body["tensors"].items():
+        piece = Piece(told["file"], name, told["xxh3"], Extent.whole(tuple(told["shape"])))
+        tensors[name] = {"dtype": told["dtype"], "shape": told["shape"], "pieces": [piece.record()]}
+    return {**body, "tensors": tensors}

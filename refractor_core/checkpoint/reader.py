@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refractor_core.checkpoint.pieces import Piece, flaw
-from refractor_core.checkpoint.writer import FORMAT, MANIFEST, file_sha256, seal, tensor_checksum
+from refractor_core.checkpoint.pieces import Piece, flaw, upgraded
+from refractor_core.checkpoint.writer import FORMAT, MANIFEST, broadcast, file_sha256, gather, seal, tensor_checksum
 from refractor_core.parallel.extent import Extent, common, copy_overlap
+from refractor_core.parallel.mesh import Axis
 
+ALONE = Axis("world")
+"""One process reads for itself."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -60,11 +63,15 @@ class Checkpoint:
         return [cls(steps[step]) for step in sorted(steps)]
 
     @classmethod
-    def newest_sound(cls, directory: Path) -> tuple["Checkpoint | None", list[Damage]]:
-        """The newest checkpoint that verifies, and the damage found in newer ones on the way back to it."""
+    def newest_sound(cls, directory: Path, world: Axis = ALONE) -> tuple["Checkpoint | None", list[Damage]]:
+        """The newest checkpoint that verifies, and the damage found in newer ones on the way back to it.
+
+        Collective over ``world``, whose ranks share the reading; which checkpoints there are, rank 0 sees for all.
+        """
         damages: list[Damage] = []
-        for checkpoint in reversed(cls.listed(directory)):
-            found = checkpoint.verify()
+        for checkpoint in broadcast(cls.listed(directory)[::-1] if world.rank == 0 else [], world):
+            parts = gather(checkpoint.verify(world.rank, world.size), world)
+            found = broadcast([damage for part in parts for damage in part], world)
             if not found:
                 return checkpoint, damages
             damages += found
@@ -87,7 +94,7 @@ class Checkpoint:
             raise DamagedCheckpoint([Damage(path, "its checksum does not match its content")])
         if body["format"] not in (1, FORMAT):
             raise DamagedCheckpoint([Damage(path, f"is of format {body['format']}, this version reads 1 and {FORMAT}")])
-        body = _upgraded(body) if body["format"] == 1 else body
+        body = upgraded(body) if body["format"] == 1 else body
         outside = {piece["file"] for told in body["tensors"].values() for piece in told["pieces"]} - body["files"].keys()
         outside |= {name for name in body["files"] if Path(name).name != name}
         if outside:  # a checkpoint from somewhere else must not have files read that are not its own
@@ -129,29 +136,50 @@ class Checkpoint:
             self._pieces[name] = [Piece.from_record(record, told["shape"]) for record in told["pieces"]]
         return self._pieces[name]
 
-    def verify(self) -> list[Damage]:
-        """Reads every byte. Empty if all is as written; otherwise names each damaged tensor, or the file where no tensor is hit."""
+    def summary(self) -> str:
+        """Such as ``12.3 MiB in 4 files, 103 tensors in 127 pieces, saved with tensor=2, data_shard=2 on 4 ranks``."""
+        files, names, layout = self.manifest["files"], self.names(), self.state.get("layout")
+        size, pieces = sum(told["bytes"] for told in files.values()) / 2**20, sum(len(self.pieces(name)) for name in names)
+        told = f"{size:.1f} MiB in {len(files)} file{'s' * (len(files) > 1)}, {len(names)} tensors in {pieces} pieces"
+        if layout is None:  # imported, or of the first format
+            return told
+        split = [f"{name}={value}" for name, value in layout.items() if type(value) is int and value > 1 and name != "world_size"]
+        split += ["sequence"] if layout["sequence"] else []
+        world = layout["world_size"]
+        return f"{told}, saved with {', '.join(split)} on {world} ranks" if world > 1 else f"{told}, saved by one process"
+
+    def verify(self, part: int = 0, parts: int = 1) -> list[Damage]:
+        """Reads every byte. Empty if all is as written; otherwise names each damaged tensor, or the file where no tensor is hit.
+
+        Args:
+            part, parts: to read the ``part``-th of ``parts`` shares of the files; what is not in the files the first part looks at.
+        """
         try:
             manifest = self.manifest
         except DamagedCheckpoint as error:
-            return error.damages
-        damages: list[Damage] = []
-        for name, told in manifest["files"].items():
-            path = self.path / name
-            if not path.is_file():
-                damages.append(Damage(path, "is missing"))
-            elif path.stat().st_size != told["bytes"]:
-                damages.append(Damage(path, f"has {path.stat().st_size} bytes instead of {told['bytes']}"))
-            elif file_sha256(path) != told["sha256"]:
-                damages += dict.fromkeys(self._damaged_tensors(name)) or [
-                    Damage(path, "its checksum does not match; no tensor's bytes are hit")
-                ]
-        for name, told in manifest["tensors"].items():
-            wrong = flaw(told["shape"], [piece.extent for piece in self.pieces(name)])
-            damages += [Damage(self.path / MANIFEST, wrong, name)] if wrong else []
-        known = {MANIFEST, *manifest["files"]}
-        damages += [Damage(p, "does not belong to this checkpoint") for p in sorted(self.path.iterdir()) if p.name not in known]
+            return error.damages if part == 0 else []
+        damages = [damage for name in sorted(manifest["files"])[part::parts] for damage in self._verify_file(name)]
+        if part == 0:
+            for name, told in manifest["tensors"].items():
+                wrong = flaw(told["shape"], [piece.extent for piece in self.pieces(name)])
+                damages += [Damage(self.path / MANIFEST, wrong, name)] if wrong else []
+            known = {MANIFEST, *manifest["files"]}
+            damages += [Damage(p, "does not belong to this checkpoint") for p in sorted(self.path.iterdir()) if p.name not in known]
         return damages
+
+    def _verify_file(self, name: str) -> list[Damage]:
+        path, told = self.path / name, self.manifest["files"][name]
+        if not path.is_file():
+            return [Damage(path, "is missing")]
+        if path.stat().st_size != told["bytes"]:
+            return [Damage(path, f"has {path.stat().st_size} bytes instead of {told['bytes']}")]
+        try:
+            if file_sha256(path) == told["sha256"]:
+                return []
+        except OSError as error:
+            return [Damage(path, f"cannot be read ({error})")]
+        hit = list(dict.fromkeys(self._damaged_tensors(name)))
+        return hit or [Damage(path, "its checksum does not match; no tensor's bytes are hit")]
 
     def _damaged_tensors(self, file: str) -> Iterator[Damage]:
         for name in self.names():
@@ -269,12 +297,3 @@ class Checkpoint:
         for path in gone:
             shutil.rmtree(path, ignore_errors=True)
         return gone
-
-
-def _upgraded(body: Mapping) -> dict:
-    """A manifest of format 1, where every tensor is whole in one file, as one of today."""
-    tensors = {}
-    for name, told in body["tensors"].items():
-        piece = Piece(told["file"], name, told["xxh3"], Extent.whole(tuple(told["shape"])))
-        tensors[name] = {"dtype": told["dtype"], "shape": told["shape"], "pieces": [piece.record()]}
-    return {**body, "tensors": tensors}

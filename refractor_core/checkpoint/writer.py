@@ -120,6 +120,10 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict:
 
 def _write_manifest(partial: Path, final: Path, step: int, state: dict, held: list[list[Holding]], entries: list[dict]) -> None:
     files = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries}
+    unseen = [name for name in files if not (partial / name).is_file()]
+    if unseen:
+        told = f"{unseen[0]} was written by another machine and cannot be seen from here"
+        raise OSError(f"{told}; run.dir must be on a file system that all machines share")
     tensors = _described(held, entries)
     body = {"format": FORMAT, "step": step, "state": state, "files": files, "tensors": tensors}
     with (partial / MANIFEST).open("w") as file:

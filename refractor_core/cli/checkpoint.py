@@ -44,8 +44,7 @@ def _list(args: argparse.Namespace) -> int:
 
     for checkpoint in _found(args.run_dir):
         try:
-            size = sum(told["bytes"] for told in checkpoint.manifest["files"].values())
-            print(f"{checkpoint.path}  step {checkpoint.step}  {checkpoint.state['tokens']:,} tokens  {size / 2**20:.1f} MiB")
+            print(f"{checkpoint.path}  step {checkpoint.step}  {checkpoint.state['tokens']:,} tokens  {checkpoint.summary()}")
         except DamagedCheckpoint as error:
             print(f"{checkpoint.path}  damaged: {error}")
     return 0
@@ -56,7 +55,7 @@ def _verify(args: argparse.Namespace) -> int:
     for checkpoint in _found(args.path):
         damages = checkpoint.verify()
         damaged |= bool(damages)
-        print("\n".join(f"damaged: {damage}" for damage in damages) or f"sound: {checkpoint.path}")
+        print("\n".join(f"damaged: {damage}" for damage in damages) or f"sound: {checkpoint.path}  {checkpoint.summary()}")
     return 1 if damaged else 0
 
 

@@ -18,6 +18,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     layouts.add_argument("--cover", choices=("pairs",), help="of the lattice, a few layouts that try every pair of choices")
     layouts.add_argument("--dtype", default="float64", choices=("float64", "float32", "bf16"), help="of the model (default: float64)")
     layouts.add_argument("--shrink", action="store_true", help="the same structure in small, for models that do not fit this machine")
+    layouts.add_argument(
+        "--probes", action="store_true", help="ask too whether documents leak, a zeroed head gives ln V, weights begin alike"
+    )
     layouts.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for one layout (default: 600)")
     layouts.add_argument("--record", metavar="FILE.jsonl", help="keep each result as it comes; started again, go on from there")
     layouts.add_argument("--report", metavar="FILE.html", help="write the results as one page to look at")
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     layouts = args.layout or lattice_of(args.config, args.lattice, args.overrides, cover=bool(args.cover))
     options = {"dtype": args.dtype, "shrink": args.shrink, "timeout": args.timeout, "log": log, "record": args.record}
     try:
-        results = verify_layouts(args.config, layouts, args.overrides, **options, bar=len(layouts) > 1)
+        results = verify_layouts(args.config, layouts, args.overrides, **options, bar=len(layouts) > 1, probes=args.probes)
     except KeyboardInterrupt:
         log(
             f"\nstopped; the same command goes on from {args.record}"

@@ -125,24 +125,6 @@ def dense_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]
         yield Problem("model.moe.first_dense_layers", model.moe.first_dense_layers, expected)
 
 
-def only_data_parallelism(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    parallel = config.parallel
-    degrees = {
-        "tensor": parallel.tensor,
-        "expert": parallel.expert,
-        "expert_tensor": parallel.expert_tensor,
-        "pipeline": parallel.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline,
-        "context": parallel.context,
-    }
-    for name, degree in degrees.items():
-        if degree != 1:
-            expected = f"must be 1: only data parallelism runs in this version; {name.replace('_', ' ')} parallelism comes later"
-            yield Problem(f"parallel.{name}", degree, expected)
-    if parallel.sequence and parallel.tensor == 1:
-        yield Problem("parallel.sequence", True, "splits over the tensor ranks, of which there is one; write false")
-
-
 def engine_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     parallel = config.parallel
     if parallel.engine != "fsdp2":
@@ -250,7 +232,6 @@ RULES: tuple[Rule, ...] = (
     experts_per_token,
     expert_groups,
     dense_layers,
-    only_data_parallelism,
     engine_fits,
     batch_division,
     source_names,

@@ -1,6 +1,6 @@
 """Rules that hold between a layout and the model that it splits: what is shared must divide, and the mend is the nearest legal degree.
 
-Training does not split models yet (``rules.only_data_parallelism``); whoever can, passes ``SPLITTING`` to ``rules.check``.
+``parallel.legality`` asks them together with the grids' equation and the schedule's sizes.
 """
 
 import math

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refractor_core.config import ConfigError, RunConfig, load_document, load_run
-from refractor_core.config.rules import RULES, batch_division, check, only_data_parallelism
+from refractor_core.config.rules import RULES, batch_division, check
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import layout_fits
 from refractor_core.parallel.pipeline.cutting import stages_of_rank
@@ -20,7 +20,7 @@ from refractor_core.planner.rehearsal import Assumptions, Device, Footprint, reh
 
 GIB = 1 << 30
 _SKETCH = Path(__file__).with_name("sketch.yaml")
-_RULES = tuple(rule for rule in RULES if rule not in (only_data_parallelism, batch_division))
+_RULES = tuple(rule for rule in RULES if rule is not batch_division)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ def join(config: RunConfig, place: Place, directory: RunDirectory) -> int:
     with directory.locked() if place.rank == 0 else nullcontext(), _failure_told(directory.status, place.rank):
         if not place.under_torchrun:  # under it, whoever started it has, and a wish may be from then on
             withdraw(directory.requests, Request.PAUSE)
+        plan = preflight(config, directory)
         with Runtime.joined(config, place) as runtime:
-            outcome = Trainer(config, runtime, directory).run()
+            outcome = Trainer(config, runtime, directory, plan).run()
     return PAUSED if outcome == "paused" and not place.under_torchrun else COMPLETED
 
 

@@ -5,9 +5,8 @@ import signal
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-
-import torch.distributed as dist
 
 from refractor_core.checkpoint import Checkpoint, Damage, DamagedCheckpoint, write
 from refractor_core.config import ConfigError, Problem, RunConfig
@@ -15,27 +14,27 @@ from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
-from refractor_core.parallel.segments import Saved
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.flops import active_matrix_parameters, flops_per_token, peak_flops
 from refractor_core.train.records import Records
 from refractor_core.train.requests import Request, Requests
 from refractor_core.train.runtime import Runtime
-from refractor_core.train.state import DTYPES, TrainState
+from refractor_core.train.state import DTYPES, TrainState, given_weights, refuse_misfit
 from refractor_core.train.step import Stepper
 
 
 class Trainer:
     """One rank's part in a run, from the newest sound checkpoint to the last step.
 
+    Args:
+        plan: what ``preflight`` gave.
+
     Raises:
-        ConfigError: the run directory belongs to another config, or the dataset to another data config.
-        ValueError: the dataset is missing or damaged, or no checkpoint of the run is sound.
+        ValueError: no checkpoint of the run is sound, or the newest does not fit.
     """
 
-    def __init__(self, config: RunConfig, runtime: Runtime, directory: RunDirectory):
-        self.config, self.runtime, self.directory = config, runtime, directory
-        self.plan = preflight(config, directory)
+    def __init__(self, config: RunConfig, runtime: Runtime, directory: RunDirectory, plan: BatchPlan):
+        self.config, self.runtime, self.directory, self.plan = config, runtime, directory, plan
         checkpoint, damages = self._newest()
         self.state = TrainState.fresh(config, runtime)
         if checkpoint is not None:
@@ -105,9 +104,8 @@ class Trainer:
         if self.records:
             self.records.sync()
         try:
-            figures = state.figures(self.config, self.plan)
-            held = [Saved.whole(name, tensor) for name, tensor in state.tensors(self.runtime.place.rank).items()]
-            path = write(self.directory.checkpoints, state.step, held, figures, self.runtime.world)
+            figures = state.figures(self.config, self.plan) | {"layout": asdict(self.runtime.mesh.layout)}
+            path = write(self.directory.checkpoints, state.step, state.saved(self.runtime.place.rank), figures, self.runtime.world)
         except OSError as error:
             if must:
                 raise
@@ -120,25 +118,14 @@ class Trainer:
             Checkpoint.prune(self.directory.checkpoints, self.config.checkpoint.keep_last)
 
     def _newest(self) -> tuple[Checkpoint | None, list[Damage]]:
-        """The checkpoint to resume from, chosen by rank 0 for all; damaged newer ones are put aside."""
-        found: list = [None, [], None]
-        if self.runtime.is_main:
-            try:
-                checkpoint, damages = Checkpoint.newest_sound(self.directory.checkpoints)
-                if checkpoint is not None:  # else the run is refused, and would begin anew at the next try
-                    _put_aside(damages, self.directory.checkpoints)
-                found = [checkpoint, damages, None]
-            except (OSError, ValueError) as error:
-                found = [None, [], error]
-        if self.runtime.world.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        checkpoint, damages, error = found
-        if error is not None:
-            raise error
-        if damages and checkpoint is None:
+        """The checkpoint to resume from, the same for all ranks; damaged newer ones are put aside."""
+        checkpoint, damages = Checkpoint.newest_sound(self.directory.checkpoints, self.runtime.world)
+        if damages and checkpoint is None:  # and nothing is put aside: the run would begin anew at the next try
             told = "\n".join(f"  {damage}" for damage in damages)
             raise ValueError(f"no checkpoint in {self.directory.checkpoints} is sound, so nothing can be resumed:\n{told}\n"
                              "To begin anew, train into another run.dir")  # fmt: skip
+        if self.runtime.is_main:
+            _put_aside(damages, self.directory.checkpoints)
         return checkpoint, damages
 
     def _tell(self, damages: list[Damage]) -> None:
@@ -158,7 +145,7 @@ def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
 
     Raises:
         ConfigError: the schedule breaks a Robbins–Monro sum, the dataset is of another data config, or the run directory of another run.
-        ValueError: the dataset is missing or damaged.
+        ValueError: the dataset is missing or damaged, or the newest checkpoint or ``run.initial_weights`` does not fit the run.
     """
     schedule = Schedule(config.schedule, config.optimizer.learning_rate)
     verdict = check(schedule.rate, schedule.tail_exponent, schedule.tail_start)
@@ -186,7 +173,11 @@ def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
             stages = [stage.model_dump() for stage in config.curriculum.stages]
             told = f"changes the {step} steps that {directory.path} has done; change later stages only, or train into another run.dir"
             raise ConfigError([Problem("curriculum.stages", stages, told)])
+        refuse_misfit(checkpoint, config)
         break
+    else:
+        if config.run.initial_weights is not None:
+            given_weights(config.run.initial_weights, config.model)
     return plan
 
 

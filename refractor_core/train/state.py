@@ -1,20 +1,19 @@
 """Everything that a resumed run must have back, bit for bit."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from refractor_core.checkpoint import Checkpoint
-from refractor_core.checkpoint.model import load_model
+from refractor_core.checkpoint.model import Weights, shapes
 from refractor_core.config import RunConfig
+from refractor_core.config.model import ModelConfig
 from refractor_core.data import BatchPlan
 from refractor_core.model.decoder import Decoder
 from refractor_core.optim.ema import Ema
 from refractor_core.optim.scaler import LossScaler
-from refractor_core.parallel.extent import Extent, copy_overlap
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.segments import Saved
 from refractor_core.parallel.sharding import main_dtype
@@ -58,23 +57,23 @@ class TrainState:
         )
         torch.manual_seed(config.run.seed + runtime.place.rank)
         engine = make_engine(model, runtime.mesh, config)
-        weights = config.run.initial_weights
-        engine.load(initial_values(model, config.run.seed) if weights is None else _given_weights(weights, model))
+        if config.run.initial_weights is None:
+            engine.load(initial_values(model, config.run.seed))
+        else:
+            _take_weights(given_weights(config.run.initial_weights, config.model), model, engine)
         ema = Ema(engine.masters(), config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
         return cls(model, engine, ema, LossScaler(config.precision), config.run.steps)
 
-    def tensors(self, rank: int) -> dict[str, Tensor]:
-        """What this rank writes: its random state, and on rank 0 all that the ranks hold together; collective."""
-        found = {f"rng.{rank}.cpu": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
-            found[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
-        held = _whole(self._kept())
-        if rank == 0:
-            found |= {f"buffer.{name}": buffer for name, buffer in persistent_buffers(self.model).items()} | held
+    def saved(self, rank: int) -> list[Saved]:
+        """All that this rank holds: the tensors themselves, but of its random state a copy."""
+        found = self._kept() + [Saved.whole(f"rng.{rank}.cpu", torch.get_rng_state())]
+        if next(self.model.parameters()).device.type == "cuda":
+            found.append(Saved.whole(f"rng.{rank}.cuda", torch.cuda.get_rng_state()))
         return found
 
     def _kept(self) -> list[Saved]:
-        return self.engine.state() + (self.ema.state() if self.ema is not None else [])
+        buffers = [Saved.whole(f"buffer.{name}", buffer) for name, buffer in persistent_buffers(self.model).items()]
+        return self.engine.state() + (self.ema.state() if self.ema is not None else []) + buffers
 
     def figures(self, config: RunConfig, plan: BatchPlan) -> dict:
         """The JSON-able rest; with the config of the model as the last step ran it, a checkpoint can be read without its run."""
@@ -84,6 +83,8 @@ class TrainState:
             "skipped_in_row": self.skipped_in_row,
             "planned_steps": self.planned_steps,
             "scaler": self.scaler.state(),
+            "optimizer": config.optimizer.kind,
+            "precision": config.precision.compute,
             "model": config.model_at(max(self.step - 1, 0)).model_dump(mode="json"),
             "rope_scalings": [[first, scaling and scaling.model_dump(mode="json")] for first, scaling in config.rope_scalings(self.step)],
             "dataset_sha256": plan.dataset.sha256,
@@ -92,27 +93,63 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint, rank: int) -> None:
-        """Takes a checkpoint's state.
+        """Takes a checkpoint's state, whatever layout saved it.
 
         Raises:
             DamagedCheckpoint: a tensor is not as written.
-            ValueError: the checkpoint lacks a tensor, or has one of another shape.
+            ValueError: the checkpoint lacks tensors, or has them in other shapes or formats; nothing is changed then.
         """
-        held = checkpoint.tensors()
-        copy_named(persistent_buffers(self.model), _below(held, "buffer."), f"{checkpoint.path}: buffer")
-        kept = {name: t for name, t in held.items() if name.startswith(("master.", "optimizer.", "ema."))}
-        _check({saved.name: saved.extent.global_shape for saved in self._kept()}, kept, str(checkpoint.path))
-        self.engine.load(lambda saved: _take(saved, kept[saved.name]))
-        for saved in self.ema.state() if self.ema is not None else ():
-            _take(saved, kept[saved.name])
-        if f"rng.{rank}.cpu" in held:  # a rank that the saved run did not have keeps its fresh state
-            torch.set_rng_state(held[f"rng.{rank}.cpu"])
-        if f"rng.{rank}.cuda" in held and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(held[f"rng.{rank}.cuda"])
-        told = checkpoint.state
-        self.step, self.tokens, self.skipped_in_row = told["step"], told["tokens"], told["skipped_in_row"]
-        self.planned_steps = told["planned_steps"]
-        self.scaler.load_state(told["scaler"])
+        kept = self._kept()
+        told = checkpoint.misfits((saved.name, saved.extent.global_shape, saved.tensor.dtype) for saved in kept)
+        if told:
+            raise ValueError(f"{checkpoint.path} does not fit this run: {'; '.join(told)}")
+
+        def fill(saved: Saved) -> None:
+            checkpoint.read_into(saved.name, saved.tensor, saved.extent)
+
+        self.engine.load(fill)
+        mine = {saved.name for saved in self.engine.state()}
+        for saved in kept:
+            if saved.name not in mine:
+                fill(saved)
+        self._load_random_state(checkpoint, rank)
+        figures = checkpoint.state
+        self.step, self.tokens, self.skipped_in_row = figures["step"], figures["tokens"], figures["skipped_in_row"]
+        self.planned_steps = figures["planned_steps"]
+        self.scaler.load_state(figures["scaler"])
+
+    def _load_random_state(self, checkpoint: Checkpoint, rank: int) -> None:
+        """A rank that the saved run did not have keeps its fresh state."""
+        for saved in self.saved(rank):
+            if saved.name.startswith("rng.") and saved.name in checkpoint:
+                checkpoint.read_into(saved.name, saved.tensor)
+                (torch.cuda.set_rng_state if saved.name.endswith(".cuda") else torch.set_rng_state)(saved.tensor)
+
+
+def refuse_misfit(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuses a checkpoint of another run, as far as its manifest tells, with every reason; needs no process group.
+
+    Raises:
+        ValueError: it is of another model, optimizer or precision, or lacks tensors or has them besides.
+    """
+    if checkpoint.manifest["format"] == 1:
+        mend = "begin another run from its weights with run.initial_weights"
+        raise ValueError(f"{checkpoint.path} was written by an earlier version, whose training cannot go on here; {mend}")
+    figures, dtype = checkpoint.state, main_dtype(DTYPES[config.precision.compute])
+    mistakes = [
+        f"{key} was {figures[key]!r}, this run has {now!r}"
+        for key, now in (("optimizer", config.optimizer.kind), ("precision", config.precision.compute))
+        if figures[key] != now
+    ]
+    before, now = ModelConfig.model_validate(figures["model"]), config.model
+    for name in ModelConfig.model_fields:
+        if name != "rope" and getattr(before, name) != getattr(now, name):  # its scaling follows the curriculum's stage
+            mistakes.append(f"model.{name} was {getattr(before, name)!r}, this run has {getattr(now, name)!r}")
+    parameters, families = shapes(config.model), ["master."] + (["ema."] if config.checkpoint.ema_decay else [])
+    wanted = [(family + name, shape, dtype) for family in families for name, shape in parameters.items()]
+    mistakes += checkpoint.misfits([*wanted, ("ema.updates", (), None)], (*families,))
+    if mistakes:
+        raise ValueError(f"{checkpoint.path} does not fit this run: {'; '.join(mistakes)}")
 
 
 def make_engine(model: Decoder, mesh: Mesh, config: RunConfig) -> Engine:
@@ -124,72 +161,32 @@ def make_engine(model: Decoder, mesh: Mesh, config: RunConfig) -> Engine:
     return Zero1(model, mesh, config.optimizer)
 
 
-def _given_weights(path: str, model: Decoder) -> Callable[[Saved], None]:
-    """For ``Engine.load``: the weights at ``path`` as masters.
+def given_weights(path: str, config: ModelConfig) -> Weights:
+    """The weights that a run begins from.
 
     Raises:
-        ValueError: they are not of this model.
+        ValueError: they are not of this model; with every reason.
     """
-    given = dict(load_model(path, main_dtype(next(model.parameters()).dtype)).named_parameters())
-    whole = Decoder(model.config, device="meta")
-    _check({name: tuple(p.shape) for name, p in whole.named_parameters()}, given, f"run.initial_weights = {path}", all_of_them=True)
+    weights = Weights(Path(path))
+    if told := weights.misfits(config):
+        raise ValueError(f"run.initial_weights = {path}: does not fit this model: {'; '.join(told)}")
+    return weights
+
+
+def _take_weights(weights: Weights, model: Decoder, engine: Engine) -> None:
+    """Fills masters, and routers' biases where both have them, which belong to the model; counts and the rest begin anew."""
 
     def fill(saved: Saved) -> None:
         if saved.name.startswith("master."):
-            _take(saved, given[saved.name.removeprefix("master.")])
+            weights.read_into(saved.name.removeprefix("master."), saved.tensor, saved.extent)
 
-    return fill
-
-
-def _take(saved: Saved, whole: Tensor) -> None:
-    """Fills a record from the whole tensor."""
-    piece = torch.empty(saved.tensor.shape, dtype=saved.tensor.dtype)
-    copy_overlap(piece, saved.extent, whole, Extent.whole(tuple(whole.shape)))
-    saved.tensor.copy_(piece)
-
-
-def _whole(kept: list[Saved]) -> dict[str, Tensor]:
-    """Every rank's records joined into whole tensors; collective over the world."""
-    mine = [Saved(saved.name, saved.tensor.cpu(), saved.extent) for saved in kept]
-    by_rank: list = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        by_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, mine)
-    found: dict[str, Tensor] = {}
-    for saved in (saved for records in by_rank for saved in records):
-        shape = saved.extent.global_shape
-        target = found.setdefault(saved.name, torch.empty(shape, dtype=saved.tensor.dtype))
-        copy_overlap(target, Extent.whole(shape), saved.tensor, saved.extent)
-    return found
+    engine.load(fill)
+    for name, buffer in persistent_buffers(model).items():
+        if name.endswith("expert_bias_E") and name in weights:
+            weights.read_into(name, buffer)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the state: router biases and last counts."""
     names = set(model.state_dict(keep_vars=True)) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
-
-
-@torch.no_grad()
-def copy_named(targets: dict[str, Tensor], sources: dict[str, Tensor], where: str) -> None:
-    """Copies tensors by name.
-
-    Raises:
-        ValueError: a name is missing or too many, or a shape differs; every mistake is listed.
-    """
-    _check({name: tuple(target.shape) for name, target in targets.items()}, sources, where, all_of_them=True)
-    for name, target in targets.items():
-        target.copy_(sources[name])
-
-
-def _check(shapes: dict[str, tuple[int, ...]], sources: dict[str, Tensor], where: str, all_of_them: bool = False) -> None:
-    mistakes = [f"lacks {name}" for name in shapes.keys() - sources.keys()]
-    mistakes += [f"has {name} besides" for name in sources.keys() - shapes.keys() if all_of_them]
-    for name in shapes.keys() & sources.keys():
-        found = tuple(sources[name].shape)
-        mistakes += [f"{name} has shape {found} instead of {shapes[name]}"] if shapes[name] != found else []
-    if mistakes:
-        raise ValueError(f"{where}: does not fit this model: " + "; ".join(sorted(mistakes)))
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

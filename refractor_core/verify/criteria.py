@@ -46,7 +46,6 @@ def judge(run_dir: Path, evaluation: Path) -> list[Verdict]:
 
 
 _NOT_BUILT = (
-    "Pipelines and contexts give the same gradients as one process (verify layouts covers tensor, sequence and experts)",
     "Retrieval precision@k on held-out queries",
     "Safety conformance on held-out prompts",
     "Long-range tasks at 8k and 128k",

@@ -16,6 +16,7 @@ from torch import Tensor
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import partition
 from refractor_core.verify.activations import first_difference
+from refractor_core.verify.probes import take
 from refractor_core.verify.trial import Outcome, Piece
 
 NORM = "(gradient norm)"
@@ -100,7 +101,7 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
     wrong = [name for name, error in found.items() if not error <= tolerance.of(name)]
     culprit = ""
     if wrong or loss_error > tolerance.loss:
-        culprit = _culprit(reference, outcomes, layout, wrong, loss_error > tolerance.loss)
+        culprit = _culprit(reference, outcomes, layout, wrong, loss_error, tolerance)
     return Comparison(loss_error, found, tolerance, not culprit, culprit)
 
 
@@ -119,12 +120,13 @@ def errors(reference: Outcome, outcomes: Sequence[Outcome], floor: float) -> dic
     return found
 
 
-def _losses(outcomes: Sequence[Outcome], layout: Layout) -> list[float]:
-    """The whole loss as each rank would have it: the language model's summed over all that have other tokens or stages, the objectives over
-    all that have other sequences or layers."""
+def _losses(outcomes: Sequence[Outcome], layout: Layout, parts: tuple[str, ...] = ("language_model", "objectives")) -> list[float]:
+    """The whole loss, or parts of it, as each rank would have it: the language model's summed over all that have other tokens or stages,
+    the objectives over all that have other sequences or layers."""
     grid, sequences = layout.dense_grid, ("pipeline", "data_replicate", "data_shard")
     found = [0.0] * len(outcomes)
-    for part, along in (("language_model", (*sequences, "context")), ("objectives", sequences)):
+    over = {"language_model": (*sequences, "context"), "objectives": sequences}
+    for part, along in ((part, over[part]) for part in parts):
         for group in partition(grid, along):
             total = sum(getattr(outcomes[rank], part) for rank in group)
             for rank in group:
@@ -137,20 +139,13 @@ def _held(outcomes: Sequence[Outcome], name: str) -> dict[int, Piece]:
     return {rank: outcome.pieces[name] for rank, outcome in enumerate(outcomes) if name in outcome.pieces}
 
 
-def expected(whole: Tensor, piece: Piece) -> Tensor:
-    """What a rank's piece should hold."""
-    for dim, ranges in enumerate(piece.ranges):
-        whole = torch.cat([whole.narrow(dim, first, last - first) for first, last in ranges], dim)
-    return whole
-
-
 def _error(whole: Tensor, pieces: dict[int, Piece], floor: float) -> float:
     """Distinct pieces add up to the tensor; of the ranks that hold the same one, the worst counts."""
     worst: dict[object, float] = {}
     held = 0
     for piece in pieces.values():
         held += 0 if piece.ranges in worst else piece.gradient.numel()
-        delta = (piece.gradient.double() - expected(whole, piece).double()).square().sum().item()
+        delta = (piece.gradient.double() - take(whole, piece.ranges).double()).square().sum().item()
         worst[piece.ranges] = max(worst.get(piece.ranges, 0.0), _or_infinite(delta))
     if held != whole.numel():
         return math.inf
@@ -158,27 +153,47 @@ def _error(whole: Tensor, pieces: dict[int, Piece], floor: float) -> float:
     return math.sqrt(sum(worst.values())) / scale if scale else math.sqrt(sum(worst.values()))
 
 
-def _culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_is_wrong: bool) -> str:
-    if loss_is_wrong:
-        noise = 1e-10 if next(iter(reference.pieces.values())).gradient.dtype == torch.float64 else 0.01
+def _culprit(
+    reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, wrong: list[str], loss_error: float, tolerance: Tolerance
+) -> str:
+    if loss_error > tolerance.loss:
+        noise = 1e-10 if tolerance.loss <= 1e-12 else max(0.01, tolerance.loss)
         place = first_difference(reference.squares, [outcome.squares for outcome in outcomes], noise)
-        told = "the loss itself is wrong, so the fault is in the forward pass"
+        told = f"the loss itself is wrong ({_loss_signature(reference, outcomes, layout)})"
+        if not wrong:
+            return f"{told}; every gradient is right, so the fault is in how the loss is told: summed or averaged over the wrong ranks"
         if place is None:
-            told = f"{told}, but all layers' outputs are right: a sum in the loss, or the statistics that router objectives are made of"
+            told += ", so the fault is in the forward pass, but all layers' outputs are right: a sum in the loss, or the statistics that "
+            told += "router objectives are made of"
         else:
-            told = f"{told}, whose output is first wrong after {place}: a sum, a slice or a routing decision"
+            told += (
+                f", so the fault is in the forward pass, whose output is first wrong after {place}: a sum, a slice or a routing decision"
+            )
     elif wrong == [NORM]:
         return _norm_culprit(reference, outcomes, layout)
     else:
         told = "the loss is right, so the fault is in the backward pass alone"
-    wrong = [name for name in wrong if name != NORM]
-    if not wrong:
-        return told
+    wrong = [name for name in wrong if name != NORM] or list(reference.pieces)[-1:]
     name = wrong[-1]  # in the model's order, hence nearest to the loss
     signature = _signature(reference.pieces[name].gradient, _held(outcomes, name), layout)
     right = len(reference.pieces) - len(wrong)
     place = f"{len(wrong)} gradients are wrong and {right} right; the one nearest to the loss is {name}"
     return f"{told}; {place}: {signature}{_stage(outcomes, set(wrong))}"
+
+
+def _loss_signature(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout) -> str:
+    """Each part of the loss as a multiple of one process's."""
+    found = []
+    for part in ("language_model", "objectives"):
+        total, right = _losses(outcomes, layout, (part,))[0], getattr(reference, part)
+        ratio = total / right if right else math.inf
+        sizes = [axis for axis, groups in _axes(layout).items() if math.isfinite(ratio) and ratio and _power(ratio, len(groups[0]))]
+        if not math.isfinite(total):
+            found.append(f"{part.replace('_', ' ')}: not a number, as where memory is read that nobody has written")
+        elif right and abs(ratio - 1) > 1e-9:
+            which = f", a power of the size of {', '.join(sizes)}" if sizes else ""
+            found.append(f"{part.replace('_', ' ')}: {ratio:.6g} times one process's{which}")
+    return "; ".join(found) or "by a hair"
 
 
 def _stage(outcomes: Sequence[Outcome], wrong: set[str]) -> str:
@@ -206,7 +221,7 @@ def _stage(outcomes: Sequence[Outcome], wrong: set[str]) -> str:
 
 def _signature(whole: Tensor, pieces: dict[int, Piece], layout: Layout) -> str:
     """What the ranks' gradients of one parameter have in common."""
-    aims = {rank: expected(whole, piece).double() for rank, piece in pieces.items()}
+    aims = {rank: take(whole, piece.ranges).double() for rank, piece in pieces.items()}
     found = {rank: piece.gradient.double() for rank, piece in pieces.items()}
     axes = {axis: [group for group in groups if all(rank in pieces for rank in group)] for axis, groups in _axes(layout).items()}
     axes = {axis: groups for axis, groups in axes.items() if groups}
@@ -217,6 +232,10 @@ def _signature(whole: Tensor, pieces: dict[int, Piece], layout: Layout) -> str:
     pairs = [(found[rank], aims[rank]) for rank in pieces]
     factors = [(f.flatten() @ a.flatten()).item() / max((a.flatten() @ a.flatten()).item(), 1e-300) for f, a in pairs]
     factor = factors[0]
+    if not all(bool(f.isfinite().all()) for f in found.values()):
+        return "it is not a number, as where memory is read that nobody has written"
+    if not any(bool(f.any()) for f in found.values()):
+        return "it is zero everywhere: it was lost on its way, or never made"
     if all(math.isclose(other, factor, rel_tol=1e-3) for other in factors) and all(_close(f, factor * a) for f, a in pairs):
         sizes = ", ".join(f"{axis}={len(groups[0])}" for axis, groups in axes.items() if _power(factor, len(groups[0])))
         which = f", a power of the size of {sizes}" if sizes else ""
@@ -262,7 +281,8 @@ def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     found = {name: partition(grid, axes) for name, (grid, axes) in along.items()}
     # Tied embeddings are on both; groups that do not hold a parameter are left out where it is judged.
     found["first and last pipeline"] = [(ranks[0], ranks[-1])[: len(ranks)] for ranks in partition(dense, ("pipeline",))]
-    return {name: groups for name, groups in found.items() if len(groups[0]) > 1}
+    first = {tuple(groups): name for name, groups in reversed(found.items())}  # axes of the same ranks are told under one name
+    return {name: groups for name, groups in found.items() if len(groups[0]) > 1 and first[tuple(groups)] == name}
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

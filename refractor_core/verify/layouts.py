@@ -19,7 +19,7 @@ import torch
 
 from refractor_core.config import ConfigError, Problem, RunConfig, load_run
 from refractor_core.config.parallel import ParallelConfig
-from refractor_core.config.rules import RULES, check, only_data_parallelism
+from refractor_core.config.rules import RULES, check
 from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import layout_fits
@@ -28,12 +28,14 @@ from refractor_core.verify import lattice
 from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
 from refractor_core.verify.ledger import Ledger, key_of
 from refractor_core.verify.pool import Job, run_layouts
+from refractor_core.verify.probes import Answers, judge
 from refractor_core.verify.progress import LatticeBar
 from refractor_core.verify.shrink import shrunk
-from refractor_core.verify.trial import Outcome, Prepare, Trial, run_trial, synthetic_batch
+from refractor_core.verify.trial import Outcome, Prepare, Trial, initial_model, run_trial, synthetic_batch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
-WITHOUT_LAYOUT = tuple(rule for rule in RULES if rule is not only_data_parallelism)
+WITHOUT_LAYOUT = RULES
+"""Rules of a run before a layout is chosen."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class LayoutResult:
         culprit: on failure, what is likely at fault.
         changed_routes: share of token-expert pairs that free routing would send elsewhere; below float64 one process's are replayed.
         gradient_tolerance, loss_tolerance: what the two errors are held to.
+        probe_error: the worst of the probes' losses, if they were asked; see ``verify.probes``.
         seconds: that the layout took, its comparison included.
     """
 
@@ -60,6 +63,7 @@ class LayoutResult:
     changed_routes: float = 0.0
     gradient_tolerance: float = 0.0
     loss_tolerance: float = 0.0
+    probe_error: float = 0.0
     seconds: float = 0.0
 
     def record(self) -> dict[str, object]:
@@ -86,6 +90,7 @@ def verify_layouts(
     prepare: Prepare | None = None,
     record: str | os.PathLike | None = None,
     bar: bool = False,
+    probes: bool = False,
 ) -> list[LayoutResult]:
     """Runs every layout and compares.
 
@@ -101,6 +106,7 @@ def verify_layouts(
         prepare: see ``run_trial``; not called for the one process.
         record: file of results (see ``verify.ledger``); layouts that it has for the same run, options and program are not run again.
         bar: shows on stderr how far it is, how fast, and when it will be done.
+        probes: asks three questions more, which take three steps more; see ``verify.probes``.
 
     Returns:
         Results in the order of ``layouts``; they are run in the order of their worlds.
@@ -108,8 +114,8 @@ def verify_layouts(
     Raises:
         ConfigError: the config, or layouts that do not fit it: every reason of every layout at once, before a process is started.
     """
-    options = {"dtype": dtype, "shrink": shrink, "log": log, "timeout": timeout, "prepare": prepare, "record": record, "bar": bar}
-    return verify_runs([(path, layouts)], overrides, **options)[0]
+    options = {"dtype": dtype, "shrink": shrink, "log": log, "timeout": timeout, "prepare": prepare, "record": record}
+    return verify_runs([(path, layouts)], overrides, **options, bar=bar, probes=probes)[0]
 
 
 def verify_runs(
@@ -123,6 +129,7 @@ def verify_runs(
     prepare: Prepare | None = None,
     record: str | os.PathLike | None = None,
     bar: bool = False,
+    probes: bool = False,
 ) -> list[list[LayoutResult]]:
     """``verify_layouts`` for several runs at once, on ranks that start once. The record may be one file for all.
 
@@ -131,7 +138,7 @@ def verify_runs(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    plans = [_Plan.of(path, layouts, overrides, dtype, shrink, prepare, record) for path, layouts in runs]
+    plans = [_Plan.of(path, layouts, overrides, dtype, shrink, probes, prepare, record) for path, layouts in runs]
     on_record = sum(text in plan.ledger for plan in plans for text in plan.layouts)
     if on_record:
         log(f"{on_record} of {sum(len(plan.layouts) for plan in plans)} layouts are on record")
@@ -164,6 +171,7 @@ class _Plan:
         overrides: Sequence[str],
         dtype: str,
         shrink: bool,
+        probes: bool,
         prepare: Prepare | None,
         record: str | os.PathLike | None,
     ) -> "_Plan":
@@ -171,19 +179,19 @@ class _Plan:
         found = _legal(config, layouts)
         if shrink:
             config = shrunk(config, list(found.values()))
-        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype])
-        key = key_of(trial.config, dtype, batch=_digest(trial.batch), fault=getattr(prepare, "__name__", None))
+        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype], probes=probes)
+        key = key_of(trial.config, dtype, batch=_digest(trial.batch), probes=probes, fault=getattr(prepare, "__name__", None))
         return cls(trial, found, Ledger(record, key, LayoutResult))
 
     def reference(self, log: Callable[[str], None]) -> tuple[Trial, Outcome, Tolerance]:
         """What ranks run, what one process makes of it, and how far they may be from it."""
-        trial, alone = self.trial, run_trial(self.trial, Mesh.single())
+        trial, alone = self.trial, run_trial(replace(self.trial, probes=False), Mesh.single())
         name = next(name for name, dtype in DTYPES.items() if dtype == trial.dtype)
         log(f"one process: loss {alone.loss:.12g}, gradient norm {alone.norm:.12g}, {len(alone.pieces)} parameters, {name}")
         if trial.dtype == torch.float64:
             return trial, alone, Tolerance.exact()
         trial = replace(trial, routing=alone.routing)
-        exact = run_trial(replace(trial, dtype=torch.float64, rounded=trial.dtype), Mesh.single())
+        exact = run_trial(replace(trial, dtype=torch.float64, rounded=trial.dtype, probes=False), Mesh.single())
         tolerance = Tolerance.measured(exact, alone, trial.dtype)
         log(f"of which float64 makes a loss of {exact.loss:.12g}; gradients are held to at most {tolerance.gradient:.1e} of float64's")
         return trial, exact, tolerance
@@ -195,6 +203,7 @@ def _run(
     """Results as they come."""
     plans = list({id(plan): plan for plan, _ in waiting}.values())
     references = {id(plan): plan.reference(log) for plan in plans}
+    weights = {id(plan): dict(initial_model(plan.trial, Mesh.single()).named_parameters()) for plan in plans if plan.trial.probes}
     jobs = [Job(plans.index(plan), plan.layouts[text]) for plan, text in waiting]
     began = time.monotonic()
     outcomes_of = run_layouts([references[id(plan)][0] for plan in plans], jobs, prepare, timeout)
@@ -206,6 +215,8 @@ def _run(
         else:
             comparison = compare(reference, outcomes, job.layout, tolerance)
             result = _result(text, job.layout, comparison, max(outcome.changed for outcome in outcomes))
+            if plan.trial.probes:
+                result = _with_probes(result, weights[id(plan)], [outcome.answers for outcome in outcomes])
         now = time.monotonic()
         yield plan, replace(result, seconds=round(now - began, 3))
         began = now
@@ -315,6 +326,13 @@ def _result(text: str, layout: Layout, comparison: Comparison, changed: float) -
     return LayoutResult(
         text, layout.world_size, comparison.loss_error, name, error, comparison.passed, comparison.culprit, changed, *limits
     )
+
+
+def _with_probes(result: LayoutResult, whole: dict[str, torch.nn.Parameter], answers: list[Answers]) -> LayoutResult:
+    wrong = judge(whole, answers, result.loss_tolerance)
+    error = max(max(found.documents, found.uniform) for found in answers)
+    culprit = "; ".join(filter(None, (result.culprit, wrong)))
+    return replace(result, passed=not culprit, culprit=culprit, probe_error=error)
 
 
 def _line(result: LayoutResult) -> str:

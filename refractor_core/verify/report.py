@@ -109,6 +109,7 @@ def render(
         values={axis: sorted({row.choices[axis] for row in rows}, key=_sortable) for axis in axes},
         families=_families(rows, axes),
         rows=ordered,
+        probed=int(any(row.result.probe_error for row in rows)),
         failed=sum(not row.result.passed for row in rows),
         colour=_colour,
         command=command,

@@ -21,9 +21,9 @@ from refractor_core.parallel.pipeline.actions import Action
 from refractor_core.parallel.sharding import initialise
 from refractor_core.train.passes import Passes
 from refractor_core.verify.activations import Activations
+from refractor_core.verify.probes import Answers, Ranges, ask, ranges_of
 
 Prepare = Callable[[Decoder, Mesh], None]
-Ranges = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Trial:
         dtype: of the model.
         rounded: weights have values of this format; None: of ``dtype``.
         routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
+        probes: asks ``verify.probes`` too.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Trial:
     dtype: torch.dtype
     routing: dict[int, Tensor] | None = None
     rounded: torch.dtype | None = None
+    probes: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Outcome:
         routing: experts chosen, by layer, [B, S, K] of this rank's tokens and layers.
         changed: share of token-expert pairs that free routing would have sent elsewhere than ``Trial.routing``.
         squares: of the modules' outputs, see ``Activations``.
+        answers: to the probes, if they were asked.
     """
 
     language_model: float
@@ -76,6 +79,7 @@ class Outcome:
     routing: dict[int, Tensor]
     changed: float
     squares: dict[str, float]
+    answers: Answers | None = None
 
     @property
     def loss(self) -> float:
@@ -90,7 +94,7 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
         prepare: called with the model before the step; tests plant faults with it.
     """
     config = trial.config
-    model = _model(trial, mesh)
+    model = initial_model(trial, mesh)
     if prepare is not None:
         prepare(model, mesh)
     batch = rows_of(trial.batch, mesh.axis("data").rank, mesh.axis("data").size)
@@ -107,15 +111,24 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     norm = gradient_norm(buffers.finish(), mesh).item()
     buffers.gather_gradients()
     names = {p: name for name, p in model.named_parameters()}
-    pieces = {name: Piece(p.main_grad.clone(), _ranges(p)) for p, name in names.items()}
+    pieces = {name: Piece(p.main_grad.clone(), ranges_of(p)) for p, name in names.items()}
     stages = {stage.index: tuple(names[p] for p in model.stage_parameters(stage)) for stage in model.stages}
     routing = {follower.layer: follower.chosen() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
     parts = [result.losses[name].item() for name in ("language_model", "routers")]
-    return Outcome(*parts, pieces, stages, norm, routing, changed, activations.squares)
+    squares = dict(activations.squares)  # before probes run the model again
+
+    def loss(batch: Batch) -> float:
+        result = passes(batch, config.run.steps, before=follow)
+        buffers.finish()
+        return result.losses["language_model"].item()
+
+    answers = ask(model, batch, model.context.own, loss) if trial.probes else None
+    return Outcome(*parts, pieces, stages, norm, routing, changed, squares, answers)
 
 
-def _model(trial: Trial, mesh: Mesh) -> Decoder:
+def initial_model(trial: Trial, mesh: Mesh) -> Decoder:
+    """This rank's part of the model before the step."""
     config = trial.config
     recompute = config.batch.activation_checkpointing
     model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
@@ -129,10 +142,6 @@ def _model(trial: Trial, mesh: Mesh) -> Decoder:
             router.expert_bias_E.copy_(torch.linspace(-0.02, 0.02, len(router.expert_bias_E)))
         router.previous_count_E.copy_(torch.arange(1, len(router.previous_count_E) + 1))
     return model
-
-
-def _ranges(p: torch.nn.Parameter) -> Ranges:
-    return tuple(tuple(p.spec.ranges(dim)) for dim in range(p.dim()))
 
 
 class _Follower:

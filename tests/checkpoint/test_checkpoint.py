@@ -227,3 +227,22 @@ def test_a_manifest_cannot_name_files_of_others(tmp_path, file):
     path.write_text(json.dumps({"body": body, "sha256": writer_module.seal(body)}))
     with pytest.raises(DamagedCheckpoint, match="not the checkpoint's own.*elsewhere|not the checkpoint's own.*unlisted"):
         Checkpoint(checkpoint.path).tensors("model.")
+
+
+def _newest_on_rank(rank, folder):
+    world = Mesh.create(Layout(world_size=2, data_shard=2), rank).axis("world")
+    for step in (1, 2, 3):
+        write(folder, step, whole({f"rank.{rank}": torch.full((64,), float(rank))}), {}, world)
+    if rank == 0:
+        for step, file in ((3, "rank-00001.safetensors"), (2, "manifest.json")):
+            path = folder / f"step-{step:08d}" / file
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+    checkpoint, damages = Checkpoint.newest_sound(folder, world)
+    return checkpoint.step, [str(damage) for damage in damages]
+
+
+def test_ranks_share_the_reading_and_find_the_same(ranks, tmp_path):
+    first, second = ranks(2, _newest_on_rank, tmp_path)
+    assert first == second and first[0] == 1
+    newest, before = first[1]
+    assert "step-00000003/rank-00001.safetensors: tensor rank.1" in newest and "step-00000002/manifest.json" in before

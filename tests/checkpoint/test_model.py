@@ -72,7 +72,8 @@ def test_the_commands_name_what_is_damaged(run, tmp_path, capsys):
 
     copy = shutil.copytree(run.run.dir, tmp_path / "copy")
     assert main(["checkpoint", "list", str(copy)]) == 0
-    assert "step 8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 8" in out and "MiB in 1 file, " in out and "saved by one process" in out
     file = copy / "checkpoints" / "step-00000008" / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 16

@@ -210,6 +210,22 @@ def test_only_pieces_that_have_something_are_read_and_damage_is_named(attempts, 
         again.tensors()
 
 
+def test_a_bit_that_flips_in_any_of_the_files_is_found(attempts, tmp_path):
+    shutil.copytree(attempts["sound"], tmp_path / "step-00000001")
+    chance, files, named = random.Random(1), sorted((tmp_path / "step-00000001").iterdir()), 0
+    assert len(files) == 5
+    for path in files * 12:
+        original = path.read_bytes()
+        broken, bit = bytearray(original), chance.randrange(len(original) * 8)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        found = Checkpoint(path.parent).verify()
+        assert found and {damage.path for damage in found} == {path}
+        named += any(damage.tensor == "w" for damage in found)
+        path.write_bytes(original)
+    assert named > 20
+
+
 @pytest.mark.parametrize("change, told", [
     (lambda pieces: pieces.pop(), "hold 432 elements"),
     (lambda pieces: pieces.append(pieces[0]), "hold 720 elements"),

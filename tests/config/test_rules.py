@@ -59,11 +59,6 @@ CASES = [
         None,
     ),
     ("dense_layers", ["model.moe.first_dense_layers=3"], "model.moe.first_dense_layers", ["model.moe.first_dense_layers=2"], None),
-    *(
-        ("only_data_parallelism", [f"parallel.{name}=2"], f"parallel.{name}", [f"parallel.{name}=1"], None)
-        for name in ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context")
-    ),
-    ("only_data_parallelism", ["parallel.sequence=true"], "parallel.sequence", ["parallel.sequence=false"], None),
     ("engine_fits", ["parallel={engine: fsdp2, data_shard: 1}"], "parallel.engine", ["parallel={engine: fsdp2, data_shard: 2}"], None),
     ("engine_fits", ["parallel.engine=fsdp2"], "parallel.engine", ["parallel.engine=fsdp2"], (1, 2)),
     ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),

@@ -1,5 +1,6 @@
 """Whatever the state holds, a checkpoint gives back to a fresh process, also what no test run happens to use."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,7 +8,6 @@ import torch
 from refractor_core.checkpoint import Checkpoint, write
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.parallel.mesh import Axis, Mesh
-from refractor_core.parallel.segments import Saved
 from refractor_core.train.place import Place
 from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
@@ -23,15 +23,15 @@ def test_all_of_the_state_comes_back(tiny_config, tmp_path):
         stepper(plan.batch(step))
     torch.rand(7)  # nothing in a run draws yet; dropout or sampling would
     used.skipped_in_row, used.planned_steps = 3, 99
-    tensors, figures = {name: t.clone() for name, t in used.tensors(0).items()}, used.figures(config, plan)
+    tensors, figures = {saved.name: saved.tensor.clone() for saved in used.saved(0)}, used.figures(config, plan)
     drawn = torch.rand(5)
 
-    path = write(Path(tmp_path), used.step, [Saved.whole(name, t) for name, t in tensors.items()], figures, Axis("world"))
+    path = write(Path(tmp_path), used.step, [replace(s, tensor=tensors[s.name]) for s in used.saved(0)], figures, Axis("world"))
     torch.manual_seed(1)
     fresh = TrainState.fresh(config, runtime)
     assert fresh.figures(config, plan) != figures
     fresh.load(Checkpoint(path), rank=0)
     assert torch.equal(torch.rand(5), drawn)
-    back = fresh.tensors(0)
+    back = {saved.name: saved.tensor for saved in fresh.saved(0)}
     assert fresh.figures(config, plan) == figures and back.keys() == tensors.keys()
     assert not [name for name in tensors if not name.startswith("rng.") and not torch.equal(back[name], tensors[name])]

@@ -35,10 +35,13 @@ def stepped(config, rank=0, world=1, steps=2):
     state = TrainState.fresh(config, runtime)
     plan = BatchPlan(Dataset.open(config.data.dir), config)
     stepper = Stepper(config, state, mesh)
-    results = [stepper(plan.batch(i, rank, world)) for i in range(steps)]
+    data = mesh.axis("data")
+    results = [stepper(plan.batch(i, data.rank, data.size)) for i in range(steps)]
     state.engine.gradients.gather_gradients()
     gradients = {name: p.main_grad.clone() for name, p in state.model.named_parameters()}
-    return [r.losses | {"grad_norm": r.grad_norm} for r in results], gradients, state
+    told = [r.losses | {"grad_norm": r.grad_norm} | {f"source {i}": n for i, n in enumerate(r.sources)} for r in results]
+    counts = [r.routers.counts_LE.flatten().tolist() for r in results]
+    return [row | {f"count {i}": n for i, n in enumerate(count)} for row, count in zip(told, counts, strict=True)], gradients, state
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -77,6 +80,30 @@ def test_data_parallel_ranks_equal_one_process(ranks, tiny_config, world):
             assert torch.equal(buffer, buffers[name]), name
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline": 2, "schedule": "zb_h1", "data_shard": 2},
+        {"pipeline": 2, "virtual_pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence": True},
+        {"pipeline": 2, "context": 2, "expert": 2},
+    ],
+    ids=lambda layout: ",".join(f"{name}={value}" for name, value in layout.items()),
+)
+def test_every_rank_of_any_layout_tells_the_figures_of_one_process(ranks, tiny_config, layout):
+    """Losses, norm, rows by source and all layers' routers, also where another rank holds the layer or has the loss."""
+    options = ALL_ON | {"model__num_layers": 4, "batch__micro_batch_size": 1}
+    losses, gradients, state = stepped(tiny_config(**options))
+    buffers = dict(state.model.named_buffers())
+    held = set()
+    for rank_losses, rank_gradients, rank_buffers in ranks(4, _on_rank, tiny_config(**options, parallel=layout), 4):
+        for one, other in zip(losses, rank_losses, strict=True):
+            assert one == pytest.approx(other, rel=1e-10)
+        for name, buffer in rank_buffers.items():
+            assert torch.equal(buffer, buffers[name]), name
+        held |= rank_gradients.keys()
+    assert held == gradients.keys()
+
+
 def test_a_step_without_finite_gradients_is_skipped_and_told(tiny_config):
     config = tiny_config(faults__nonfinite_at_step=2)
     assert tiny.train(config) == 0
@@ -91,7 +118,7 @@ def test_a_step_without_finite_gradients_is_skipped_and_told(tiny_config):
 def test_a_skipped_step_changes_no_state(tiny_config):
     _, _, before = stepped(tiny_config(), steps=1)
     _, _, after = stepped(tiny_config(faults__nonfinite_at_step=1), steps=2)
-    left, right = before.tensors(0), after.tensors(0)
+    left, right = ({saved.name: saved.tensor for saved in state.saved(0)} for state in (before, after))
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert after.step == 2 and after.skipped_in_row == 1
 

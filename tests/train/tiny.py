@@ -106,6 +106,7 @@ def free_port() -> int:
 
 def train_rank(rank: int, run: RunConfig, world: int, port: int) -> None:
     """Trains as one of ``world`` ranks that already share a process group (``tests.ranks``), over a group that the runtime makes."""
+    dist.barrier()  # or a rank that is quick leaves while another still makes its connections
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     join(run, Place(rank, world, rank, world, under_torchrun=True), RunDirectory(Path(run.run.dir)))

@@ -6,12 +6,18 @@ Only the rank that runs a trial is changed, never the one process that it is com
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
-from refractor_core.model import attention, router
+from refractor_core.data.batch import IGNORE
+from refractor_core.model import attention, dispatch, router
 from refractor_core.model.moe import Experts, MixtureOfExperts
 from refractor_core.objectives import language_model
 from refractor_core.parallel import context, context_attention, sharding, tensor
 from refractor_core.parallel.collectives import copy_to, gather, reduce_from
+from refractor_core.parallel.pipeline.actions import Kind, transferred
+from refractor_core.parallel.pipeline.runtime import PipelineRuntime
+from refractor_core.parallel.weight_gradients import WeightGradients
+from refractor_core.train import passes
 from refractor_core.verify import trial
 from refractor_kernels.span_attention import causal_spans
 
@@ -146,3 +152,108 @@ def reduce_gradients_over_data_only(model, mesh):
     sharding.ShardSpec.reduced_over = property(
         lambda self: ("expert_shard", "expert_replicate") if self.expert else ("data_shard", "data_replicate")
     )
+
+
+def lose_a_deferred_weight_gradient(model, mesh):
+    """What waits for the W of a micro batch is dropped."""
+    whole = WeightGradients.run
+
+    def run(self, key):
+        if key[1] == 1 and mesh.axis("pipeline").rank == 1:
+            self._waiting[key].pop()
+        whole(self, key)
+
+    WeightGradients.run = run
+
+
+def send_a_gradient_twice(model, mesh):
+    """The first micro batch's gradient goes to the stage before for the second one too."""
+    whole, first = PipelineRuntime._send, {}
+
+    def send(self, action):
+        value = transferred(action)
+        if action.kind is Kind.SEND_GRADIENT and action.stage == 1:
+            first.setdefault(value.stage, self._values[value].clone())
+            if action.micro_batch == 1:
+                self._values[value] = first[value.stage]
+        whole(self, action)
+
+    PipelineRuntime._send = send
+
+
+def leave_tied_gradients_apart(model, mesh):
+    """Each end of the pipeline keeps its own part of the tied embedding's gradient."""
+    if mesh.axis("ends").size > 1:
+        _spec(model, "embedding.weight", ends=False)
+
+
+def drop_objectives_of_a_middle_stage(model, mesh):
+    """The value is told, but nothing flows back from it."""
+    if mesh.axis("pipeline").rank == 1:
+        whole = passes.RouterLosses.__call__
+        passes.RouterLosses.__call__ = lambda *args: (lambda values, weighted: (values, weighted.detach()))(*whole(*args))
+
+
+def halve_the_loss_that_is_told(model, mesh):
+    """torchtitan #3280: what is shown is divided by the tensor ranks; gradients are right."""
+    whole = passes.language_model_loss
+    passes.language_model_loss = lambda *args: _seen(whole(*args), 1 / mesh.axis("tensor").size, 1.0)
+
+
+def count_loss_once_more_per_tensor_rank(model, mesh):
+    """transformers #45994: the loss is summed over ranks that all have all of it."""
+    whole = passes.language_model_loss
+    passes.language_model_loss = lambda *args: _seen(whole(*args), mesh.axis("tensor").size, mesh.axis("tensor").size)
+
+
+def read_rows_that_nobody_wrote(model, mesh):
+    """transformers #48205: rows behind the last expert's are never written, and what lies there is read."""
+
+    def combined(rows, order, tokens, top_k):
+        places = torch.full((tokens * top_k, rows.shape[1]), torch.nan, dtype=rows.dtype).index_copy(0, order, rows)
+        return places.view(tokens, top_k, -1).sum(1)
+
+    dispatch._combined = combined
+
+
+def drop_odd_tokens(model, mesh):
+    """Transformer Engine #1930: of a document of odd length, packed and split over context ranks, the last token is lost."""
+    whole = passes.language_model_loss
+    passes.language_model_loss = lambda output, labels, *rest: whole(
+        output, labels.clone().index_fill(1, torch.tensor([-1]), IGNORE), *rest
+    )
+
+
+def scale_experts_by_the_wrong_axis(model, mesh):
+    """Megatron #7165: experts' gradients are scaled by tensor ranks where expert-tensor ranks are meant."""
+    factor = mesh.axis("tensor").size / mesh.axis("expert_tensor").size
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for p in module.parameters():
+                p.register_hook(lambda grad: grad * factor)
+
+
+def lose_a_weight_gradient(model, mesh):
+    """A deferred weight's gradient that never comes, as under FSDP2."""
+    for name, p in model.named_parameters():
+        if name == "layers.1.attention.o_proj.weight":
+            p.register_hook(lambda grad: grad * 0)
+
+
+def begin_with_other_weights(model, mesh):
+    """Copies that each rank draws for itself."""
+    with torch.no_grad():
+        model.layers[0].attention.o_proj.weight.add_(1e-3 * mesh.axis("data").rank)
+
+
+def begin_with_the_same_weights(model, mesh):
+    """Experts of which every rank begins with those of the first."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("experts.down_EDF"):
+                dist.broadcast(p, 0)
+
+
+def _seen(x, forward, backward):
+    """x · forward, whose gradient is that of x · backward."""
+    return (x * forward).detach() + backward * (x - x.detach())

@@ -18,6 +18,7 @@ from refractor_core.verify.trial import Trial, run_trial
 from tests.train import tiny
 from tests.verify import layout_faults as faults
 
+DEEP = {"model__num_layers": 4, "model__tie_embeddings": True}
 CASES = [
     # fault, layout, changes of the config, what the message must name
     (faults.drop_all_gather_below_experts, "tensor=2", {}, r"backward pass alone.*layers\.1\.feed_forward_norm\.weight: .*over tensor"),
@@ -73,6 +74,58 @@ CASES = [
         {},
         r"head\.weight: the context ranks hold terms.*reduction over context is missing",
     ),
+    (faults.lose_a_deferred_weight_gradient, "pipeline=2,schedule=zb_h1", DEEP, r"lost, or came twice: layers\.\d\S+ had 7 instead of 8"),
+    (
+        faults.lose_a_deferred_weight_gradient,
+        "pipeline=2,schedule=zbv,virtual_pipeline=2",
+        DEEP,
+        r"lost, or came twice: layers\.\d\S+ had 7 instead of 8",
+    ),
+    (
+        faults.send_a_gradient_twice,
+        "pipeline=2",
+        DEEP,
+        r"all parameters of stage 0 are wrong and all after it right: look at what stage 0 receives from stage 1",
+    ),
+    (
+        faults.leave_tied_gradients_apart,
+        "pipeline=2",
+        DEEP,
+        r"embedding\.weight: the first and last pipeline ranks hold terms of the right sum.*held by two stages",
+    ),
+    (
+        faults.drop_objectives_of_a_middle_stage,
+        "pipeline=4",
+        DEEP,
+        r"backward pass alone.*it is a parameter of stage 1, all parameters of stages after 1 are right: look at that stage's own losses",
+    ),
+    (
+        faults.halve_the_loss_that_is_told,
+        "tensor=2",
+        {},
+        r"language model: 0\.5 times one process's, a power of the size of tensor\); every gradient is right.*how the loss is told",
+    ),
+    (faults.count_loss_once_more_per_tensor_rank, "tensor=2", {}, r"language model: 2 times.*tensor\).*head\.weight: exactly 2 times"),
+    (
+        faults.read_rows_that_nobody_wrote,
+        "expert=2",
+        {"model__moe__capacity_factor": 0.5},
+        r"language model: not a number, as where memory is read that nobody has written",
+    ),
+    (faults.drop_odd_tokens, "context=2", {}, r"the loss itself is wrong \(language model: 0\.[89]\d* times one process's\)"),
+    (
+        faults.scale_experts_by_the_wrong_axis,
+        "tensor=2,expert=2",
+        {},
+        r"layers\.1\.feed_forward\.experts\.down_EDF: exactly 2 times.*tensor=2",
+    ),
+    (
+        faults.lose_a_weight_gradient,
+        "pipeline=2",
+        {},
+        r"1 gradients are wrong.*layers\.1\.attention\.o_proj\.weight: it is zero everywhere",
+    ),
+    (faults.begin_with_the_same_weights, "expert=2", {}, r"the loss itself is wrong"),
 ]
 
 
@@ -81,6 +134,35 @@ def test_a_planted_fault_is_caught_and_pointed_at(layouts_config, fault, layout,
     (result,) = verify_layouts(layouts_config(**changes), [layout], prepare=fault)
     assert not result.passed
     assert re.search(message, result.culprit), result.culprit
+
+
+PROBED = [
+    (faults.leak_documents_over_context, "context=2", r"another token in one document changes the loss of other documents by"),
+    (faults.drop_odd_tokens, "context=2", r"a zeroed output head's loss is off ln V by .* tokens are lost or counted twice"),
+    (faults.count_loss_once_more_per_tensor_rank, "tensor=2", r"a zeroed output head's loss is off ln V by 1\.0e\+00: the loss is scaled"),
+    (
+        faults.begin_with_other_weights,
+        "data_shard=2",
+        r"ranks that hold the same piece of layers\.0\.attention\.o_proj\.weight begin with different values",
+    ),
+    (faults.begin_with_the_same_weights, "expert=2", r"ranks that hold different pieces of .*experts\.down_EDF begin with the same values"),
+]
+
+
+@pytest.mark.parametrize(("fault", "layout", "message"), PROBED, ids=[f"{case[0].__name__}-{case[1]}" for case in PROBED])
+def test_a_probe_says_what_a_fault_does(layouts_config, fault, layout, message):
+    (result,) = verify_layouts(layouts_config(), [layout], prepare=fault, probes=True)
+    assert not result.passed and re.search(message, result.culprit), result.culprit
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model__moe__capacity_factor": 0.75, "model__tie_embeddings": True, "batch__global_batch_size": 16}]
+)
+def test_probes_find_nothing_in_right_layouts(layouts_config, changes):
+    layouts = ["context=2,tensor=2", "pipeline=2,schedule=zbv,virtual_pipeline=2,expert=2", "data_shard=2,expert_tensor=2"]
+    changes = {**changes, "model__num_layers": 4}
+    for result in verify_layouts(layouts_config(**changes), layouts, probes=True):
+        assert result.passed and result.probe_error <= 1e-12, result.culprit
 
 
 def test_a_rank_that_fails_costs_its_layout_only(layouts_config):

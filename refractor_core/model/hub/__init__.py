@@ -3,6 +3,6 @@
 A family is a file with the model's config in both directions and a table of tensor names; ``directory`` reads and writes the files.
 """
 
-from refractor_core.model.hub.directory import config_from_hub, export_hub, import_hub
+from refractor_core.model.hub.directory import HubWeights, config_from_hub, export_hub, import_hub
 
-__all__ = ["config_from_hub", "export_hub", "import_hub"]
+__all__ = ["HubWeights", "config_from_hub", "export_hub", "import_hub"]

@@ -42,7 +42,52 @@ def _family(values: Mapping[str, Any], where: str) -> Family:
     return _FAMILIES[kind]
 
 
-@torch.no_grad()
+class HubWeights:
+    """The tensors of a Hugging Face directory under our names, read one at a time.
+
+    Args:
+        path: a directory of Mixtral, Qwen3-MoE, OLMoE or DeepSeek-V3.
+
+    Attributes:
+        config: of the model.
+
+    Raises:
+        ValueError: a model that is not supported; a tensor that is missing or superfluous.
+    """
+
+    def __init__(self, path: Path):
+        values = _read_json(path / "config.json")
+        self.config, family = config_from_hub(values, str(path / "config.json")), _family(values, str(path / "config.json"))
+        self._path, self._reader = path, _Reader(path)
+        self._pieces: dict[str, list[Piece]] = {}
+        for piece in pieces(self.config, family):
+            self._pieces.setdefault(piece.ours, []).append(piece)
+        wanted = {piece.theirs for found in self._pieces.values() for piece in found}
+        _superfluous(path, set(self._reader.files) - wanted, self.config)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Format that the embedding is stored in."""
+        return self._reader.dtype("model.embed_tokens.weight")
+
+    @torch.no_grad()
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fills one of our tensors, whole; its dtype wins.
+
+        Raises:
+            ValueError: a part of it is missing or of another shape.
+        """
+        for piece in self._pieces[name]:
+            view, tensor = piece.view(target), self._reader.tensor(piece.theirs)
+            if tensor.shape != view.shape:
+                told = f"{piece.theirs} has shape {tuple(tensor.shape)}, expected {tuple(view.shape)}"
+                raise ValueError(f"{self._path}: {told} by config.json")
+            view.copy_(tensor)
+
+
 def import_hub(path: str | Path, dtype: torch.dtype | None = torch.float32, *, kernels: str = "auto") -> Decoder:
     """The decoder in a Hugging Face directory of Mixtral, Qwen3-MoE, OLMoE or DeepSeek-V3.
 
@@ -52,20 +97,11 @@ def import_hub(path: str | Path, dtype: torch.dtype | None = torch.float32, *, k
     Raises:
         ValueError: a model that is not supported; a tensor that is missing, superfluous or of another shape.
     """
-    path = Path(path)
-    values = _read_json(path / "config.json")
-    config, family = config_from_hub(values, str(path / "config.json")), _family(values, str(path / "config.json"))
-    reader = _Reader(path)
-    model = Decoder(config, kernels=kernels, dtype=reader.dtype("model.embed_tokens.weight") if dtype is None else dtype)
-    targets, unread = state(model), set(reader.files)
-    for piece in pieces(config, family):
-        target = piece.view(targets[piece.ours])
-        tensor = reader.tensor(piece.theirs)
-        if tensor.shape != target.shape:
-            raise ValueError(f"{path}: {piece.theirs} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)} by config.json")
-        target.copy_(tensor)
-        unread.discard(piece.theirs)
-    _superfluous(path, unread, config)
+    weights = HubWeights(Path(path))
+    model = Decoder(weights.config, kernels=kernels, dtype=weights.dtype if dtype is None else dtype)
+    for name, target in state(model).items():
+        if name in weights:
+            weights.read_into(name, target)
     return model
 
 
