@@ -15,7 +15,6 @@ from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.train.passes import Passes
-from refractor_core.verify.layouts import WITHOUT_LAYOUT
 from refractor_core.verify.trial import Trial, initial_model, rows_of, synthetic_batch
 from tests.distributed.documents import write
 
@@ -126,4 +125,4 @@ def _counted(rank, config, layouts):
 @pytest.mark.parametrize(("size", "layouts"), [(2, SPLIT), (4, [Layout(4, context=4), Layout(4, data_shard=2, data_replicate=2)])])
 def test_a_steps_collectives_are_those_of_the_formula(ranks, tmp_path, size, layouts):
     changes = {"model__moe": None, "model__attention": {"qk_norm": "none"}, "batch__global_batch_size": 4}
-    ranks(size, _counted, load_run(write(tmp_path, **changes), between_keys=WITHOUT_LAYOUT), layouts)
+    ranks(size, _counted, load_run(write(tmp_path, **changes)), layouts)

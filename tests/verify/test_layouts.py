@@ -12,7 +12,8 @@ from refractor_core.cli.main import main
 from refractor_core.config import ConfigError, load_run
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.parallel.mesh import Mesh
-from refractor_core.verify.layouts import parse_layout, verify_layouts
+from refractor_core.verify.lattice import parse_layout
+from refractor_core.verify.layouts import verify_layouts
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Trial, run_trial
 from tests.train import tiny
