@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from record import RESULTS, write_result
 
-from refractor_core.verify.layouts import LayoutResult, verify_runs
+from refractor_core.verify.layouts import verify_runs
 from refractor_core.verify.report import Row, render, row_of
+from refractor_core.verify.result import LayoutResult
 from tests.distributed.documents import write
 from tests.distributed.lattice import MODELS, every_layout
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor"]
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"]
 GRACE_SECONDS = 60.0
 """Beyond the timeout, for ranks that a loaded machine starts late: each counts its own time. Once all that are left have, it is over."""
 

@@ -77,7 +77,8 @@ def examine(shipped: Shipped, variant: Variant, bucket: tables.Bucket) -> Report
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {**variant.constants, **bucket.constants}
+    known = {**bucket.to, **bucket.constants}
+    constants = {**{name: known.get(value, value) for name, value in variant.constants.items()}, **bucket.constants}
     names, types, attributes = shipped.kernel.arg_names, {}, {}
     for name, kind in variant.types.items():
         types[name] = kind.removesuffix(":16").format(**constants)
@@ -115,9 +116,10 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 def everything() -> list[Shipped]:
     """All kernels that the package ships."""
-    from refractor_kernels.gpu import combine, grouped, norm, outer, pairs, rotary, swiglu
+    from refractor_kernels.gpu import attention, combine, grouped, norm, outer, pairs, rotary, swiglu
 
-    return [shipped for module in (norm, rotary, swiglu, pairs, grouped, outer, combine) for shipped in module.SHIPPED]
+    modules = (norm, rotary, swiglu, pairs, grouped, outer, combine, attention)
+    return [shipped for module in modules for shipped in module.SHIPPED]
 
 
 def configurations(kernels: list[str], quick: bool) -> Iterator[tuple[Shipped, Variant, tables.Bucket]]:

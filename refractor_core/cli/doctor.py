@@ -145,8 +145,20 @@ def _extras() -> Iterator[Finding]:
         version = _version(package)
         mend = "" if version else f"pip install -e '.[{extra}]'"
         yield Finding(package, "ok" if version else "optional", version or "not installed", mend)
-    if importlib.util.find_spec("apex") and not importlib.util.find_spec("amp_C"):
-        yield Finding("apex", "bad", "the web toolkit of that name", "pip uninstall apex; NVIDIA's is installed from its own source")
+    yield _apex()
+
+
+def _apex() -> Finding:
+    if importlib.util.find_spec("apex") is None:
+        return Finding(
+            "apex", "optional", "not installed; PyTorch's fused AdamW is used", "NVIDIA's is installed from its own source, not from PyPI"
+        )
+    from refractor_core.optim.apex import is_nvidias  # imports apex, and so torch
+
+    if is_nvidias():
+        return Finding("apex", "ok", "NVIDIA's; its FusedAdam updates CUDA masters")
+    told = "not NVIDIA's with its CUDA extension: the web toolkit of that name, or built without it"
+    return Finding("apex", "bad", told, "pip uninstall apex; NVIDIA's is installed from its own source, with --cuda_ext")
 
 
 def _version(package: str) -> str | None:

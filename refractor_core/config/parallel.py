@@ -38,6 +38,12 @@ class ParallelConfig(Section):
     """Data-parallel ranks that share optimizer state; auto takes what is left of the world."""
     data_replicate: PositiveInt = 1
     """Copies of the sharded group."""
+    engine: Literal["zero1", "fsdp2"] = "zero1"
+    """What data-parallel ranks divide: ``zero1`` optimizer state, with plain parameters (ours; every schedule); ``fsdp2`` weights and
+    gradients too (torch's fully_shard; no pipeline)."""
+    reshard_after_forward: bool = True
+    """Read by ``fsdp2``: layers' weights are freed between forward and backward (ZeRO-3); false keeps them until the backward pass
+    (ZeRO-2): more memory, one gathering less."""
 
 
 class BatchConfig(Section):

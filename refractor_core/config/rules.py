@@ -125,6 +125,24 @@ def dense_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]
         yield Problem("model.moe.first_dense_layers", model.moe.first_dense_layers, expected)
 
 
+def engine_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.engine != "fsdp2":
+        return
+    if parallel.pipeline > 1 or parallel.virtual_pipeline > 1:
+        expected = "runs no pipeline: stages free their weights under each other's micro batches; write zero1, or pipeline: 1"
+        if parallel.schedule.startswith("zb"):
+            expected = f"loses the weights' gradients that schedule {parallel.schedule} computes late: they stay None; write zero1"
+        yield Problem("parallel.engine", "fsdp2", expected)
+    shard = parallel.data_shard
+    if shard == "auto":
+        others = parallel.pipeline * parallel.context * parallel.tensor * parallel.data_replicate
+        shard = None if world_size is None else world_size // others
+    if shard is not None and shard * parallel.context < 2:
+        expected = "divides weights over data_shard × context ranks, of which there is one; raise data_shard, or write zero1"
+        yield Problem("parallel.engine", "fsdp2", expected)
+
+
 def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     batch, parallel = config.batch, config.parallel
     if parallel.data_shard != "auto" or world_size is None:
@@ -214,6 +232,7 @@ RULES: tuple[Rule, ...] = (
     experts_per_token,
     expert_groups,
     dense_layers,
+    engine_fits,
     batch_division,
     source_names,
     tokenizer_path,

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
             raise ValueError("this rank holds some stages of the model only: run them with run_stage")
         x, statistics = None, ()
         for stage in self.stages:
-            x, found = self.run_stage(stage, tokens_BS, x, cu_seqlens)
+            x, found = Decoder.run_stage(self, stage, tokens_BS, x, cu_seqlens)  # not the instance's: FSDP2 hooks that, and this call
             statistics += found
         return self.output(x, statistics)
 

@@ -53,17 +53,16 @@ class Experts(nn.Module):
         self.op, self.recompute, self.assumed_load = partial(experts, backend=kernels), recompute, 1.0
 
     def dispatch(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Dispatch:
-        """Sends tokens on their way to their experts; other work may be done before ``forward``."""
+        """Sends tokens on their way to their experts; other work may be done before they arrive."""
         return Dispatch(x_TD, indices_TK, weights_TK, self.count, *self.axes, self.assumed_load)
 
-    def forward(self, tokens: Dispatch) -> Tensor:
-        """[T, D]: the weighted sum of each token's experts."""
-        x_MD, indices_MK, weights_MK = tokens.arrive()
+    def forward(self, x_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
+        """[M, D]: the weighted sum of each arrived row's experts."""
         arguments = (x_MD, self.gate_up_EFD, self.down_EDF, indices_MK, weights_MK)
         op = partial(self.op, defer=deferral(self.gate_up_EFD, self.down_EDF))
         if self.recompute and torch.is_grad_enabled():
-            return tokens.back(checkpoint(op, *arguments, use_reentrant=False, preserve_rng_state=False))
-        return tokens.back(op(*arguments))
+            return checkpoint(op, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return op(*arguments)
 
 
 class MixtureOfExperts(nn.Module):
@@ -99,7 +98,8 @@ class MixtureOfExperts(nn.Module):
         weights_TK, indices_TK, statistics = self.router(x_BsD)
         tokens = self.experts.dispatch(x_BsD.flatten(0, 1), indices_TK, weights_TK)
         shared = None if self.shared is None else self.shared(x)
-        y = self.split.all_tokens(self.experts(tokens).view_as(x_BsD))
+        y_TD = tokens.back(self.experts(*tokens.arrive()))
+        y = self.split.all_tokens(y_TD.view_as(x_BsD))
         return (y if shared is None else y + shared), statistics
 
 

@@ -14,6 +14,7 @@ from refractor_core.data import BatchPlan
 from refractor_core.model.decoder import Decoder
 from refractor_core.optim.ema import Ema
 from refractor_core.optim.scaler import LossScaler
+from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.segments import Saved
 from refractor_core.parallel.sharding import main_dtype
 from refractor_core.train.engine import Engine, Zero1, initial_values
@@ -55,7 +56,7 @@ class TrainState:
             device=runtime.device,
         )
         torch.manual_seed(config.run.seed + runtime.place.rank)
-        engine = Zero1(model, runtime.mesh, config.optimizer)
+        engine = make_engine(model, runtime.mesh, config)
         if config.run.initial_weights is None:
             engine.load(initial_values(model, config.run.seed))
         else:
@@ -149,6 +150,15 @@ def refuse_misfit(checkpoint: Checkpoint, config: RunConfig) -> None:
     mistakes += checkpoint.misfits([*wanted, ("ema.updates", (), None)], (*families,))
     if mistakes:
         raise ValueError(f"{checkpoint.path} does not fit this run: {'; '.join(mistakes)}")
+
+
+def make_engine(model: Decoder, mesh: Mesh, config: RunConfig) -> Engine:
+    """The engine that ``parallel.engine`` names, on a model whose parameters are not yet filled."""
+    if config.parallel.engine == "fsdp2":
+        from refractor_core.train.fsdp2 import Fsdp2  # half a second of torch that no other engine needs
+
+        return Fsdp2(model, mesh, config.optimizer, config.parallel.reshard_after_forward)
+    return Zero1(model, mesh, config.optimizer)
 
 
 def given_weights(path: str, config: ModelConfig) -> Weights:

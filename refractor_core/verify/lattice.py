@@ -3,14 +3,16 @@
 What is legal is not written here: ``parallel.legality`` and the batch rule are asked, which are the rules that users meet.
 """
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
 from typing import get_args
 
-from refractor_core.config import RunConfig
+from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.config.parallel import ParallelConfig
 from refractor_core.config.rules import batch_division
+from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import reasons
 
 DEGREES: dict[str, tuple] = {
@@ -87,3 +89,45 @@ def cover(cases: Sequence[Choices], cost: Mapping[int, float] | None = None) -> 
         chosen.append(best)
         missing -= tried[best]
     return chosen
+
+
+def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
+    """``tensor=2,expert=2`` as degrees and the smallest world that holds them.
+
+    Raises:
+        ConfigError: not such a list, an unknown degree, or a value that is none; all mistakes at once.
+    """
+    problems, values = [], {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (side.strip() for side in part.partition("="))
+        if name not in ParallelConfig.model_fields:
+            close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
+            problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
+            continue
+        if name == "stage_cuts":
+            cuts = [int(cut) for cut in value.split("/") if cut.isdecimal() and int(cut)]
+            values[name] = tuple(cuts) if len(cuts) == value.count("/") + 1 else None
+            told = "expected layers above 0, parted by /, such as 2/4/6"
+        elif words := _words(name):
+            values[name] = words.get(value)
+            told = f"expected {' or '.join(words)}"
+        else:
+            values[name] = int(value) if value.isdecimal() and int(value) > 0 else None
+            told = "expected a whole number above 0"
+        if values[name] is None:
+            problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
+    if problems:
+        raise ConfigError(problems)
+    config = ParallelConfig(**values)
+    dense = config.pipeline * config.context * config.tensor * config.data_replicate
+    if config.data_shard != "auto":
+        return config, Layout.from_config(config, dense * config.data_shard)
+    expert = config.pipeline * config.expert * config.expert_tensor
+    return config, Layout.from_config(config, math.lcm(dense, expert))
+
+
+def _words(name: str) -> dict[str, object]:
+    """The values of a degree that is chosen by a word; empty where it is a number."""
+    kind = ParallelConfig.model_fields[name].annotation
+    return {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind) if isinstance(word, str)}

@@ -5,7 +5,6 @@ no dataset yet, or the model is shrunk, tokens are random, in packed documents o
 need no GPU.
 """
 
-import difflib
 import hashlib
 import math
 import os
@@ -13,69 +12,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from refractor_core.config import ConfigError, Problem, RunConfig, load_run
-from refractor_core.config.parallel import ParallelConfig
-from refractor_core.config.rules import RULES, check
+from refractor_core.config.rules import check
 from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
-from refractor_core.parallel.legality import layout_fits
+from refractor_core.parallel.legality import TRAINING
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.verify import lattice
-from refractor_core.verify.diagnosis import Comparison, Tolerance, compare
+from refractor_core.verify.diagnosis import Tolerance, compare
 from refractor_core.verify.ledger import Ledger, key_of
 from refractor_core.verify.pool import Job, run_layouts
-from refractor_core.verify.probes import Answers, judge
 from refractor_core.verify.progress import LatticeBar
+from refractor_core.verify.result import LayoutResult
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Outcome, Prepare, Trial, initial_model, run_trial, synthetic_batch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
-WITHOUT_LAYOUT = RULES
-"""Rules of a run before a layout is chosen."""
-
-
-@dataclass(frozen=True)
-class LayoutResult:
-    """One layout's verdict.
-
-    Args:
-        layout: as it was given.
-        loss_error: relative to one process.
-        worst_gradient_error: ‖Δ‖ / max(‖g‖, 1e-6 · the largest parameter-gradient norm) of ``worst_parameter``.
-        culprit: on failure, what is likely at fault.
-        changed_routes: share of token-expert pairs that free routing would send elsewhere; below float64 one process's are replayed.
-        gradient_tolerance, loss_tolerance: what the two errors are held to.
-        probe_error: the worst of the probes' losses, if they were asked; see ``verify.probes``.
-        seconds: that the layout took, its comparison included.
-    """
-
-    layout: str
-    world_size: int
-    loss_error: float
-    worst_parameter: str
-    worst_gradient_error: float
-    passed: bool
-    culprit: str = ""
-    changed_routes: float = 0.0
-    gradient_tolerance: float = 0.0
-    loss_tolerance: float = 0.0
-    probe_error: float = 0.0
-    seconds: float = 0.0
-
-    def record(self) -> dict[str, object]:
-        """The JSON object that scripts read; an error that is not finite is a very large number, which JSON can hold."""
-        return {
-            "layout": self.layout,
-            "world_size": self.world_size,
-            "loss_error": min(self.loss_error, 1e300),
-            "worst_parameter": self.worst_parameter,
-            "worst_gradient_error": min(self.worst_gradient_error, 1e300),
-            "passed": self.passed,
-        }
 
 
 def verify_layouts(
@@ -147,7 +102,7 @@ def verify_runs(
     with LatticeBar([plan.layouts[text].world_size for plan, text in waiting], log, shown=bar) as progress:
         for plan, result in _run(waiting, prepare, timeout, progress.log):
             plan.ledger.add(result)
-            progress.advance(result.world_size, _line(result))
+            progress.advance(result.world_size, result.line())
     return [[plan.ledger[text] for text in layouts] for plan, (_, layouts) in zip(plans, runs, strict=True)]
 
 
@@ -175,7 +130,7 @@ class _Plan:
         prepare: Prepare | None,
         record: str | os.PathLike | None,
     ) -> "_Plan":
-        config = load_run(path, overrides, between_keys=WITHOUT_LAYOUT)
+        config = load_run(path, overrides)
         found = _legal(config, layouts)
         if shrink:
             config = shrunk(config, list(found.values()))
@@ -214,9 +169,9 @@ def _run(
             result = LayoutResult(text, job.layout.world_size, math.inf, "", math.inf, False, outcomes, **limits)
         else:
             comparison = compare(reference, outcomes, job.layout, tolerance)
-            result = _result(text, job.layout, comparison, max(outcome.changed for outcome in outcomes))
+            result = LayoutResult.of(text, job.layout, comparison, max(outcome.changed for outcome in outcomes))
             if plan.trial.probes:
-                result = _with_probes(result, weights[id(plan)], [outcome.answers for outcome in outcomes])
+                result = result.with_probes(weights[id(plan)], [outcome.answers for outcome in outcomes])
         now = time.monotonic()
         yield plan, replace(result, seconds=round(now - began, 3))
         began = now
@@ -231,53 +186,11 @@ def lattice_of(path: str, ranks: int, overrides: Sequence[str] = (), *, cover: b
     Raises:
         ConfigError: the config, whatever its layout.
     """
-    found = lattice.legal_layouts(load_run(path, overrides, between_keys=WITHOUT_LAYOUT), ranks)
+    found = lattice.legal_layouts(load_run(path, overrides), ranks)
     if cover:
-        choices = [lattice.layout_choices(parse_layout(text)[0]) for text in found]
+        choices = [lattice.layout_choices(lattice.parse_layout(text)[0]) for text in found]
         found = [found[number] for number in sorted(lattice.cover(choices))]
     return found
-
-
-def parse_layout(text: str) -> tuple[ParallelConfig, Layout]:
-    """``tensor=2,expert=2`` as degrees and the smallest world that holds them.
-
-    Raises:
-        ConfigError: not such a list, an unknown degree, or a value that is none; all mistakes at once.
-    """
-    problems, values = [], {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = (side.strip() for side in part.partition("="))
-        if name not in ParallelConfig.model_fields:
-            close = difflib.get_close_matches(name, ParallelConfig.model_fields, n=1)
-            mend = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(ParallelConfig.model_fields)}"
-            problems.append(Problem(f"parallel.{name}", value, f"is not a degree; {mend}", f"--layout {text}"))
-            continue
-        if name == "stage_cuts":
-            cuts = [int(cut) for cut in value.split("/") if cut.isdecimal() and int(cut)]
-            values[name] = tuple(cuts) if len(cuts) == value.count("/") + 1 else None
-            told = "expected layers above 0, parted by /, such as 2/4/6"
-        elif words := _words(name):
-            values[name] = words.get(value)
-            told = f"expected {' or '.join(words)}"
-        else:
-            values[name] = int(value) if value.isdecimal() and int(value) > 0 else None
-            told = "expected a whole number above 0"
-        if values[name] is None:
-            problems.append(Problem(f"parallel.{name}", value, told, f"--layout {text}"))
-    if problems:
-        raise ConfigError(problems)
-    config = ParallelConfig(**values)
-    dense = config.pipeline * config.context * config.tensor * config.data_replicate
-    if config.data_shard != "auto":
-        return config, Layout.from_config(config, dense * config.data_shard)
-    expert = config.pipeline * config.expert * config.expert_tensor
-    return config, Layout.from_config(config, math.lcm(dense, expert))
-
-
-def _words(name: str) -> dict[str, object]:
-    """The values of a degree that is chosen by a word; empty where it is a number."""
-    kind = ParallelConfig.model_fields[name].annotation
-    return {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind) if isinstance(word, str)}
 
 
 def _legal(config: RunConfig, layouts: Sequence[str]) -> dict[str, Layout]:
@@ -285,12 +198,12 @@ def _legal(config: RunConfig, layouts: Sequence[str]) -> dict[str, Layout]:
     found = {}
     for text in layouts:
         try:
-            parallel, layout = parse_layout(text)
+            parallel, layout = lattice.parse_layout(text)
         except ConfigError as error:
             problems += [replace(problem, where=f"--layout {text}") for problem in error.problems]
             continue
         split = config.model_copy(update={"parallel": parallel})
-        wrong = check(split, layout.world_size, rules=(*WITHOUT_LAYOUT, layout_fits))
+        wrong = check(split, layout.world_size, rules=TRAINING)
         problems += [replace(problem, where=f"--layout {text}") for problem in wrong]
         found[text] = layout
     if problems:
@@ -318,25 +231,3 @@ def _batch(config: RunConfig, synthetic: bool) -> Batch:
 def _digest(batch: Batch) -> str:
     """Of the tokens and the documents that they lie in."""
     return hashlib.sha256(batch.tokens_BS.numpy().tobytes() + batch.cu_seqlens.numpy().tobytes()).hexdigest()
-
-
-def _result(text: str, layout: Layout, comparison: Comparison, changed: float) -> LayoutResult:
-    name, error = comparison.worst
-    limits = comparison.tolerance.of(name), comparison.tolerance.loss
-    return LayoutResult(
-        text, layout.world_size, comparison.loss_error, name, error, comparison.passed, comparison.culprit, changed, *limits
-    )
-
-
-def _with_probes(result: LayoutResult, whole: dict[str, torch.nn.Parameter], answers: list[Answers]) -> LayoutResult:
-    wrong = judge(whole, answers, result.loss_tolerance)
-    error = max(max(found.documents, found.uniform) for found in answers)
-    culprit = "; ".join(filter(None, (result.culprit, wrong)))
-    return replace(result, passed=not culprit, culprit=culprit, probe_error=error)
-
-
-def _line(result: LayoutResult) -> str:
-    told = f"{'ok  ' if result.passed else 'FAIL'} {result.layout or 'one rank'} on {result.world_size} ranks: "
-    told += f"loss {result.loss_error:.1e}, worst gradient {result.worst_gradient_error:.1e} ({result.worst_parameter})"
-    told += f", {result.changed_routes:.2%} of routes would change" if result.changed_routes else ""
-    return told + (f"\n     {result.culprit}" if result.culprit else "")

@@ -165,7 +165,6 @@ optimizer: null
         "model.moe.top_k": ("run.yaml:8", 12, "at most model.moe.num_experts = 8"),
         "model.moe.first_dense_layers": ("run.yaml:9", 9, "at most model.num_layers = 2"),
         "modle": ("run.yaml:10", {}, "did you mean model?"),
-        "parallel.tensor": ("run.yaml:11", 2, "tensor parallelism comes later"),
         "data.sources.0.path": ("run.yaml:14", None, "is missing; expected text"),
         "data.sources.1": ("run.yaml:15", {"kind": "txt", "name": "b"}, "jsonl, megatron, olmo, parquet, python_stdlib, text"),
         "data.sources.2.name": ("run.yaml:16", "no spaces", "text that matches"),

@@ -59,6 +59,8 @@ CASES = [
         None,
     ),
     ("dense_layers", ["model.moe.first_dense_layers=3"], "model.moe.first_dense_layers", ["model.moe.first_dense_layers=2"], None),
+    ("engine_fits", ["parallel={engine: fsdp2, data_shard: 1}"], "parallel.engine", ["parallel={engine: fsdp2, data_shard: 2}"], None),
+    ("engine_fits", ["parallel.engine=fsdp2"], "parallel.engine", ["parallel.engine=fsdp2"], (1, 2)),
     ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),
     ("batch_division", [], "batch.global_batch_size", [], (3, 4)),
     ("batch_division", ["parallel.data_shard=3"], "batch.global_batch_size", ["parallel.data_shard=4"], None),

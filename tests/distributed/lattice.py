@@ -7,7 +7,7 @@ from pathlib import Path
 
 from refractor_core.config import load_run
 from refractor_core.verify import lattice
-from refractor_core.verify.layouts import WITHOUT_LAYOUT, parse_layout
+from refractor_core.verify.lattice import parse_layout
 from tests.distributed.documents import write
 
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
@@ -63,7 +63,7 @@ def legal(ranks: int) -> tuple[Case, ...]:
     found = []
     for model, changes in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = load_run(write(Path(folder), **changes), between_keys=WITHOUT_LAYOUT)
+            config = load_run(write(Path(folder), **changes))
         found += [Case(model, layout) for layout in lattice.legal_layouts(config, ranks)]
     return tuple(found)
 

@@ -14,7 +14,6 @@ from refractor_core.model.hub import export_hub
 from refractor_core.parallel.extent import Extent
 from refractor_core.parallel.sharding import ShardSpec
 from refractor_core.train.state import TrainState
-from refractor_core.verify.layouts import WITHOUT_LAYOUT
 from tests.distributed import travel
 from tests.distributed.documents import write
 from tests.distributed.travel import layout
@@ -109,7 +108,7 @@ def test_a_split_run_begins_from_a_checkpoint_or_a_hub_directory(ranks, tmp_path
     plain = ["model.moe.num_shared_experts=0", "model.moe.first_dense_layers=0", "model.moe.bias_update_rate=null"]
     document, changes = write(tmp_path), [*CHANGES, *plain]
     with travel.joined(tmp_path, LAYOUTS["one"], 0) as runtime:
-        config = load_run(document, changes, between_keys=WITHOUT_LAYOUT)
+        config = load_run(document, changes)
         state = TrainState.fresh(config, runtime)
         given = Path(save(tmp_path / "given", 0, state.saved(0), travel.figures(state, config), runtime.world))
     export_hub(load_model(given, torch.float64), tmp_path / "hub")

@@ -16,7 +16,6 @@ from refractor_core.train.place import Place
 from refractor_core.train.runtime import Runtime
 from refractor_core.train.state import TrainState
 from refractor_core.train.step import Stepper
-from refractor_core.verify.layouts import WITHOUT_LAYOUT
 from refractor_core.verify.trial import rows_of, synthetic_batch
 
 BEFORE, AFTER = 3, 2
@@ -78,7 +77,7 @@ def travel(rank: int, document: str, changes: list[str], folder: Path, layouts: 
     """
     dist.barrier()  # or a rank that is quick leaves while another still makes its connections
     dist.destroy_process_group()
-    config = load_run(document, changes, between_keys=WITHOUT_LAYOUT)
+    config = load_run(document, changes)
     told = {}
     for number, (name, layout) in enumerate(layouts.items()):
         if rank < layout.world_size:
@@ -99,6 +98,6 @@ def begin(rank: int, document: str, changes: list[str], folder: Path, layout: La
     dist.destroy_process_group()
     with joined(folder / "meeting", layout, rank) as runtime:
         for name, source in sources.items():
-            config = load_run(document, [*changes, f"run.initial_weights={source}"], between_keys=WITHOUT_LAYOUT)
+            config = load_run(document, [*changes, f"run.initial_weights={source}"])
             state = TrainState.fresh(config, runtime)
             write(folder / name, 0, state.saved(rank), figures(state, config), runtime.world)

@@ -1,13 +1,14 @@
 """The rules are the papers', on masters that keep float32 under low-precision parameters, with a state that resumes to the bit."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from refractor_core.config.training import OptimizerConfig
-from refractor_core.optim.adafactor import ADAFACTOR_EPSILONS
+from refractor_core.optim.adafactor import ADAFACTOR_EPSILONS, _boxes
 from refractor_core.optim.optimizer import Optimizer
 from tests.optim.whole import copied, gradient_buffer, put, segments_of
 
@@ -246,3 +247,19 @@ def test_frozen_parameters_are_left_alone():
     kept = model.norm.clone()
     train(model, optimizer, range(2))
     assert torch.equal(model.norm, kept) and "norm" not in optimizer.masters
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5), (3, 4, 5), (3, 1, 5), (2, 3, 1), (4, 1, 1)])
+def test_boxes_cover_a_stretch_in_order_without_a_gap(shape):
+    _, rows, columns = shape
+    whole = torch.arange(math.prod(shape))
+    for first in range(len(whole) + 1):
+        for last in range(first, len(whole) + 1):
+            stretch, at = whole[first:last], 0
+            boxes = list(_boxes(first, last, rows, columns))
+            for box in boxes:
+                assert box.at == at
+                found = [slice(low, low + size) for low, size in zip((box.batch, box.row, box.column), box.shape, strict=True)]
+                assert torch.equal(box.of(stretch), whole.view(shape)[tuple(found)])
+                at += math.prod(box.shape)
+            assert at == last - first and len(boxes) <= 5

@@ -10,13 +10,12 @@ from refractor_core.config import load_run
 from refractor_core.config.parallel import ParallelConfig
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import layout_fits, nearest, reasons
-from refractor_core.verify.layouts import WITHOUT_LAYOUT
 from tests.distributed.documents import write
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return load_run(write(tmp_path_factory.mktemp("run")), between_keys=WITHOUT_LAYOUT)
+    return load_run(write(tmp_path_factory.mktemp("run")))
 
 
 def _with(run, **degrees):

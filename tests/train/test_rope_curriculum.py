@@ -1,6 +1,7 @@
 """A curriculum's stage stretches rotary positions: from its first step on, in checkpoints and exports, and the same after a resume."""
 
 import json
+import random
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from refractor_core.checkpoint import Checkpoint
 from refractor_core.cli.main import main
 from refractor_core.config import ConfigError, RunConfig
 from refractor_core.config.model import RopeScalingConfig
-from refractor_core.data import BatchPlan, Dataset
+from refractor_core.data import BatchPlan, Dataset, build
 from refractor_core.model.attention import LatentAttention
 from refractor_core.model.decoder import Decoder
 from refractor_core.objectives.language_model import language_model_loss
@@ -174,3 +175,41 @@ def test_the_scaling_of_steps_that_are_done_may_not_change(stretched, scaling):
         tiny.train(stretched(curriculum__stages=stages(scaling)))
     (problem,) = caught.value.problems
     assert problem.key == "curriculum.stages" and f"the {SWITCH + 1} steps" in problem.expected and tiny.rows(run) == before
+
+
+@pytest.fixture(scope="module")
+def long_documents(tmp_path_factory):
+    """A dataset of one source with documents of up to some forty thousand tokens, so that places beyond the short length do occur."""
+    folder = tmp_path_factory.mktemp("long")
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghij", k=chance.randint(2, 7))) for _ in range(3000)]
+    (folder / "documents" / "one").mkdir(parents=True)
+    for i, lines in enumerate([1200, *[300] * 6, *[60] * 60]):
+        text = "\n".join(" ".join(chance.choices(words, k=10)) for _ in range(lines))
+        (folder / "documents" / "one" / f"{i}.txt").write_text(text)
+    build(long_run(folder, "build"))
+    return folder
+
+
+def long_run(folder, name):
+    """4 steps of 8,192 tokens, then 2 of 131,072."""
+    yarn = YARN | {"factor": 16.0, "original_context": 8192, "beta_fast": 32.0}
+    plan = [{"until_step": 4, "sequence_length": 8192}, {"until_step": 6, "sequence_length": 131072, "rope_scaling": yarn}]
+    return tiny.config(
+        folder, run__dir=str(folder / name), run__steps=6, curriculum__stages=plan, data__sources=[tiny.source(folder, "one")],
+        model__num_layers=1, model__hidden_size=16, model__num_heads=2, model__attention={"kind": "mla", "latent": LATENT},
+        model__moe__first_dense_layers=0, batch={"global_batch_size": 1, "micro_batch_size": 1}, data__heldout_share=0.1,
+        batch__activation_checkpointing="selective", checkpoint__interval_steps=1,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_from_8k_to_128k_tokens_resumes_bit_exact_across_the_switch(long_documents):
+    whole, killed = long_run(long_documents, "whole"), long_run(long_documents, "killed")
+    assert tiny.train(whole) == 0
+    for step in (3, 4, 5):  # before the switch, at it, and after it
+        assert tiny.train_and_kill(killed, step) == -signal.SIGKILL
+    assert tiny.train(killed) == 0
+    tiny.assert_same_end(whole, killed)
+    assert [row["sequence_length"] for row in tiny.rows(killed)] == [8192] * 4 + [131072] * 2
+    assert load_model(killed.run.dir).config.rope.scaling.factor == 16.0

@@ -35,10 +35,13 @@ def stepped(config, rank=0, world=1, steps=2):
     state = TrainState.fresh(config, runtime)
     plan = BatchPlan(Dataset.open(config.data.dir), config)
     stepper = Stepper(config, state, mesh)
-    results = [stepper(plan.batch(i, rank, world)) for i in range(steps)]
+    data = mesh.axis("data")
+    results = [stepper(plan.batch(i, data.rank, data.size)) for i in range(steps)]
     state.engine.gradients.gather_gradients()
     gradients = {name: p.main_grad.clone() for name, p in state.model.named_parameters()}
-    return [r.losses | {"grad_norm": r.grad_norm} for r in results], gradients, state
+    told = [r.losses | {"grad_norm": r.grad_norm} | {f"source {i}": n for i, n in enumerate(r.sources)} for r in results]
+    counts = [r.routers.counts_LE.flatten().tolist() for r in results]
+    return [row | {f"count {i}": n for i, n in enumerate(count)} for row, count in zip(told, counts, strict=True)], gradients, state
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -80,6 +83,30 @@ def test_data_parallel_ranks_equal_one_process(ranks, tiny_config, world):
 def test_a_model_may_have_experts_in_none_of_its_layers(tiny_config):
     losses, _, _ = stepped(tiny_config(model__moe__first_dense_layers=2))
     assert losses[1]["loss_language_model"] == losses[1]["loss"] < losses[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline": 2, "schedule": "zb_h1", "data_shard": 2},
+        {"pipeline": 2, "virtual_pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence": True},
+        {"pipeline": 2, "context": 2, "expert": 2},
+    ],
+    ids=lambda layout: ",".join(f"{name}={value}" for name, value in layout.items()),
+)
+def test_every_rank_of_any_layout_tells_the_figures_of_one_process(ranks, tiny_config, layout):
+    """Losses, norm, rows by source and all layers' routers, also where another rank holds the layer or has the loss."""
+    options = ALL_ON | {"model__num_layers": 4, "batch__micro_batch_size": 1}
+    losses, gradients, state = stepped(tiny_config(**options))
+    buffers = dict(state.model.named_buffers())
+    held = set()
+    for rank_losses, rank_gradients, rank_buffers in ranks(4, _on_rank, tiny_config(**options, parallel=layout), 4):
+        for one, other in zip(losses, rank_losses, strict=True):
+            assert one == pytest.approx(other, rel=1e-10)
+        for name, buffer in rank_buffers.items():
+            assert torch.equal(buffer, buffers[name]), name
+        held |= rank_gradients.keys()
+    assert held == gradients.keys()
 
 
 def test_a_step_without_finite_gradients_is_skipped_and_told(tiny_config):

@@ -14,6 +14,9 @@ from refractor_core.model.moe import Experts, MixtureOfExperts
 from refractor_core.objectives import language_model
 from refractor_core.parallel import context, context_attention, sharding, tensor
 from refractor_core.parallel.collectives import copy_to, gather, reduce_from
+from refractor_core.parallel.pipeline.actions import Kind, transferred
+from refractor_core.parallel.pipeline.runtime import PipelineRuntime
+from refractor_core.parallel.weight_gradients import WeightGradients
 from refractor_core.train import passes
 from refractor_core.verify import trial
 from refractor_kernels.span_attention import causal_spans
@@ -149,6 +152,46 @@ def reduce_gradients_over_data_only(model, mesh):
     sharding.ShardSpec.reduced_over = property(
         lambda self: ("expert_shard", "expert_replicate") if self.expert else ("data_shard", "data_replicate")
     )
+
+
+def lose_a_deferred_weight_gradient(model, mesh):
+    """What waits for the W of a micro batch is dropped."""
+    whole = WeightGradients.run
+
+    def run(self, key):
+        if key[1] == 1 and mesh.axis("pipeline").rank == 1:
+            self._waiting[key].pop()
+        whole(self, key)
+
+    WeightGradients.run = run
+
+
+def send_a_gradient_twice(model, mesh):
+    """The first micro batch's gradient goes to the stage before for the second one too."""
+    whole, first = PipelineRuntime._send, {}
+
+    def send(self, action):
+        value = transferred(action)
+        if action.kind is Kind.SEND_GRADIENT and action.stage == 1:
+            first.setdefault(value.stage, self._values[value].clone())
+            if action.micro_batch == 1:
+                self._values[value] = first[value.stage]
+        whole(self, action)
+
+    PipelineRuntime._send = send
+
+
+def leave_tied_gradients_apart(model, mesh):
+    """Each end of the pipeline keeps its own part of the tied embedding's gradient."""
+    if mesh.axis("ends").size > 1:
+        _spec(model, "embedding.weight", ends=False)
+
+
+def drop_objectives_of_a_middle_stage(model, mesh):
+    """The value is told, but nothing flows back from it."""
+    if mesh.axis("pipeline").rank == 1:
+        whole = passes.RouterLosses.__call__
+        passes.RouterLosses.__call__ = lambda *args: (lambda values, weighted: (values, weighted.detach()))(*whole(*args))
 
 
 def halve_the_loss_that_is_told(model, mesh):

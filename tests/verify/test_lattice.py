@@ -12,7 +12,8 @@ import pytest
 from refractor_core.cli.main import main
 from refractor_core.config import ConfigError, load_run
 from refractor_core.verify import lattice
-from refractor_core.verify.layouts import WITHOUT_LAYOUT, lattice_of, parse_layout, verify_layouts
+from refractor_core.verify.lattice import parse_layout
+from refractor_core.verify.layouts import lattice_of, verify_layouts
 from tests.verify import layout_faults as faults
 
 
@@ -26,7 +27,7 @@ def test_the_lattice_is_what_the_command_accepts(layouts_config):
     assert len(found) == len(set(found)) > 30
     worlds = [parse_layout(text)[1].world_size for text in found]
     assert worlds == sorted(worlds) and set(worlds) == {2, 4}
-    config = load_run(path, between_keys=WITHOUT_LAYOUT)
+    config = load_run(path)
     for choices in _choices(found):
         assert lattice.layout_text(choices) in found
     refused = 0

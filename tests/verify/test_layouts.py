@@ -12,12 +12,14 @@ from refractor_core.cli.main import main
 from refractor_core.config import ConfigError, load_run
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.parallel.mesh import Mesh
-from refractor_core.verify.layouts import parse_layout, verify_layouts
+from refractor_core.verify.lattice import parse_layout
+from refractor_core.verify.layouts import verify_layouts
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Trial, run_trial
 from tests.train import tiny
 from tests.verify import layout_faults as faults
 
+DEEP = {"model__num_layers": 4, "model__tie_embeddings": True}
 CASES = [
     # fault, layout, changes of the config, what the message must name
     (faults.drop_all_gather_below_experts, "tensor=2", {}, r"backward pass alone.*layers\.1\.feed_forward_norm\.weight: .*over tensor"),
@@ -72,6 +74,31 @@ CASES = [
         "context=2",
         {},
         r"head\.weight: the context ranks hold terms.*reduction over context is missing",
+    ),
+    (faults.lose_a_deferred_weight_gradient, "pipeline=2,schedule=zb_h1", DEEP, r"lost, or came twice: layers\.\d\S+ had 7 instead of 8"),
+    (
+        faults.lose_a_deferred_weight_gradient,
+        "pipeline=2,schedule=zbv,virtual_pipeline=2",
+        DEEP,
+        r"lost, or came twice: layers\.\d\S+ had 7 instead of 8",
+    ),
+    (
+        faults.send_a_gradient_twice,
+        "pipeline=2",
+        DEEP,
+        r"all parameters of stage 0 are wrong and all after it right: look at what stage 0 receives from stage 1",
+    ),
+    (
+        faults.leave_tied_gradients_apart,
+        "pipeline=2",
+        DEEP,
+        r"embedding\.weight: the first and last pipeline ranks hold terms of the right sum.*held by two stages",
+    ),
+    (
+        faults.drop_objectives_of_a_middle_stage,
+        "pipeline=4",
+        DEEP,
+        r"backward pass alone.*it is a parameter of stage 1, all parameters of stages after 1 are right: look at that stage's own losses",
     ),
     (
         faults.halve_the_loss_that_is_told,

@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 
-from refractor_core.verify.layouts import LayoutResult, lattice_of, parse_layout
+from refractor_core.verify.lattice import parse_layout
+from refractor_core.verify.layouts import lattice_of
 from refractor_core.verify.report import _colour, render, row_of, write_report
+from refractor_core.verify.result import LayoutResult
 from tests.components import require
 
 CULPRIT = "layers.1.<b>experts</b>: exactly 2 times the right gradient"

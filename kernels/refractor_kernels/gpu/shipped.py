@@ -11,7 +11,7 @@ class Variant:
     Args:
         types: by argument: ``*bf16`` a pointer (aligned to 16 bytes), ``i32`` a size, ``i32:16`` a size that 16 divides, ``fp32``,
             ``tensordesc<bf16[128,64]>``, where names in braces are the bucket's constants.
-        constants: the kernel's modes.
+        constants: the kernel's modes. The name of a bucket's size or constant stands for its value.
     """
 
     label: str

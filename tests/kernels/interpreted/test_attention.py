@@ -1,0 +1,89 @@
+"""Attention by Triton: spans of every kind against the reference in float64, and what boundaries and windows mean in the public op."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import refractor_kernels as rk
+from refractor_kernels.gpu import attention as kernels
+from tests.kernels import oracles
+
+FEW = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+WIDTHS = st.sampled_from([(64, 64), (24, 40), (128, 128), (192, 128)])
+
+
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@FEW
+@given(batch=st.integers(1, 2), queries=st.sampled_from([0, 1, 70, 150]), keys=st.sampled_from([0, 1, 90, 150]), groups=st.integers(1, 2),
+       repeats=st.integers(1, 2), widths=WIDTHS, seed=st.integers(0, 99))  # fmt: skip
+def test_any_spans(dtype, batch, queries, keys, groups, repeats, widths, seed):
+    """Also none at all, beyond both ends, and not in order. Output, log-sum-exp and all gradients."""
+    g = torch.Generator().manual_seed(seed)
+    first, last = (torch.randint(-9, keys + 9, (batch, queries), generator=g) for _ in range(2))
+    first = torch.where(torch.rand(batch, queries, generator=g) < 0.2, -(2**33), first)
+    shapes = [(batch, queries, groups * repeats, widths[0]), (batch, keys, groups, widths[0]), (batch, keys, groups, widths[1])]
+    inputs = [randn(seed + i, *shape).to(dtype) for i, shape in enumerate(shapes)]
+
+    def run(backend):
+        def attend(q, k, v):
+            out, lse = rk.span_attention(q, k, v, first, last, backend=backend)
+            return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+        return attend
+
+    got, plain = (oracles.values_and_gradients(run(backend), inputs) for backend in ("triton", "torch"))
+    exact = oracles.values_and_gradients(run("torch"), [t.double() for t in inputs])
+    assert all(t.isfinite().all() for t in got) and got[0].dtype == torch.float32
+    unit = torch.finfo(dtype).eps * max([1.0, *(float(e.detach().abs().max()) for e in exact if e.numel())])
+    for a, p, e in zip(
+        got, plain, exact
+    ):  # the reference multiplies in float32, the tensor cores in bf16: one more rounding of each factor
+        if e.numel():
+            assert (a - e).square().mean().sqrt() <= 2 * (p - e).square().mean().sqrt() + unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ends", "window"), [((0, 40, 41, 140, 150, 300), None), ((0, 150, 300), 30), ((0, 150, 299, 300), 200)])
+def test_documents_and_windows(dtype, ends, window):
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    inputs = [randn(0, 2, 150, 2, 64).to(dtype), randn(1, 2, 150, 1, 64).to(dtype), randn(2, 2, 150, 1, 64).to(dtype)]
+    plain = lambda q, k, v: oracles.attention(q, k, v, cu_seqlens, 0.125, window)[0]  # noqa: E731
+    run = lambda q, k, v: rk.attention(q, k, v, cu_seqlens, window=window, backend="triton")  # noqa: E731
+    got = oracles.values_and_gradients(run, inputs)
+    assert all(t.isfinite().all() and t.dtype == dtype for t in got)
+    oracles.assert_near(got, oracles.values_and_gradients(plain, inputs), oracles.values_and_gradients(plain, [t.double() for t in inputs]))
+    if window == 30:
+        assert all(torch.equal(a, b) for a, b in zip(got, oracles.values_and_gradients(run, inputs)))
+
+
+def test_strided_inputs_are_read_where_they_lie():
+    joined = randn(0, 1, 70, 4, 64).float()
+    q, k, v = joined[:, :, :2], joined[:, :, 2:3], joined[:, :, 3:]
+    got = rk.attention_with_lse(q, k, v, backend="triton")
+    for a, b in zip(got, rk.attention_with_lse(q.contiguous(), k.contiguous(), v.contiguous(), backend="triton")):
+        assert torch.equal(a, b)
+
+
+def test_ops_keep_the_rules_of_torch_library():
+    q, k, v = (randn(i, 1, 20, 2 - (i > 0), 16).float().requires_grad_() for i in range(3))
+    last = torch.arange(1, 21).unsqueeze(0)
+    torch.library.opcheck(kernels._attention, (q, k, v, torch.zeros_like(last), last, 0.25, False))
+    compiled = torch.compile(kernels._run_with_lse, backend="aot_eager", fullgraph=True)
+    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32)
+    for a, b in zip(
+        compiled(q, k, v, cu_seqlens, scale=0.25, window=None), kernels._run_with_lse(q, k, v, cu_seqlens, scale=0.25, window=None)
+    ):
+        assert torch.equal(a, b)
+
+
+def test_the_choice_is_explained():
+    q = torch.zeros(1, 8, 2, 16)
+    assert "plain causal attention belongs to PyTorch" in rk.explain("attention", q, q, q, None, scale=1.0, window=None)
+    assert rk.explain("attention", q, q, q, None, scale=1.0, window=4).startswith("attention: triton")
+    wide = torch.zeros(1, 8, 2, 300)
+    assert "the tuning table of attention_forward ends" in rk.explain("attention_with_lse", wide, wide, wide, None, scale=1.0, window=None)
