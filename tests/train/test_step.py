@@ -40,7 +40,7 @@ def stepped(config, rank=0, world=1, steps=2):
     state.engine.gradients.gather_gradients()
     gradients = {name: p.main_grad.clone() for name, p in state.model.named_parameters()}
     told = [r.losses | {"grad_norm": r.grad_norm} | {f"source {i}": n for i, n in enumerate(r.sources)} for r in results]
-    counts = [r.routers.counts_LE.flatten().tolist() for r in results]
+    counts = [r.routers.counts_LE.flatten().tolist() if len(r.routers.flat()) else [] for r in results]
     return [row | {f"count {i}": n for i, n in enumerate(count)} for row, count in zip(told, counts, strict=True)], gradients, state
 
 
