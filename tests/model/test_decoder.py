@@ -9,8 +9,6 @@ import torch
 
 from refractor_core.config.model import AttentionConfig, LatentConfig, ModelConfig, MoeConfig
 from refractor_core.model.decoder import Decoder
-from refractor_core.parallel.layout import Layout
-from refractor_core.parallel.mesh import Axis, Mesh
 from refractor_core.parallel.sharding import initialise
 from refractor_kernels import linear_cross_entropy
 
@@ -181,11 +179,6 @@ def test_what_does_not_fit_is_refused():
         Decoder(GQA.model_copy(update={"head_dim": 7}))
     with pytest.raises(ValueError, match="activation_checkpointing='some'"):
         Decoder(GQA, activation_checkpointing="some")
-    single = Mesh.single()
-    split = Mesh(Layout(world_size=1), 0, {**single.axes, "pipeline": Axis("pipeline", 2, 0, (0, 1))})
-    with pytest.raises(ValueError, match="pipeline=2"):
-        Decoder(GQA, mesh=split)
-    Decoder(GQA, mesh=single)
     with pytest.raises(ValueError, match=r"tokens_BS has shape \(3,\)"):
         build(GQA)(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="backend='nothing'"):

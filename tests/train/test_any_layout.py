@@ -7,7 +7,7 @@ from tests.train import tiny
 
 FULL = {
     "precision__compute": "fp64",
-    "run__steps": 5,
+    "run__steps": 10,  # of AdamW and of Adafactor
     "schedule__warmup_steps": 0,
     "batch__global_batch_size": 8,
     "batch__micro_batch_size": 1,
@@ -87,9 +87,9 @@ def test_a_layout_trains_what_one_process_trains(tiny_config, ranks, alone, layo
 
 
 def test_a_run_goes_on_in_other_layouts(tiny_config, ranks, alone):
-    """One step in each of four layouts, the last in one process: still the same run."""
-    for step, layout in enumerate(("pipeline", "context", "tensor", "experts"), start=1):
-        config = tiny_config(parallel=LAYOUTS[layout], **FULL | {"run__steps": step})
+    """Two steps in each of four layouts, the last in one process: still the same run."""
+    for number, layout in enumerate(("pipeline", "context", "tensor", "experts"), start=1):
+        config = tiny_config(parallel=LAYOUTS[layout], **FULL | {"run__steps": 2 * number})
         _train(ranks, config, LAYOUTS[layout])
     config = tiny_config(**FULL)
     assert tiny.train(config) == 0
