@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as an engine: it sums gradients, divides them and the masters, and gathers weights; norm, clips and checkpoints are ours.
+"""DeepSpeed's ZeRO as an engine: it sums gradients, divides them and the masters, gathers weights; norm, clips and checkpoints are ours.
 
 Each rank keeps a stretch of every parameter group's flattened weights, so all else sees ``Segment``s, as under ZeRO-1: checkpoints mean the
 same. Tensor ranks are told to DeepSpeed through an ``mpu``. What it is asked to leave alone: the loss scale, clipping, and averages over
