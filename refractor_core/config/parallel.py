@@ -7,6 +7,15 @@ from pydantic import PositiveInt
 from refractor_core.config.section import Section
 
 
+class DeepSpeedConfig(Section):
+    """Read by ``engine: deepspeed``."""
+
+    stage: Literal[1, 2] = 1
+    """Of ZeRO: 1 divides optimizer state and masters; 2 also gradients, which are then summed in every micro batch."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where masters, optimizer state and a rank's part of the gradients are kept, and updates done: beside the weights, or on the CPU."""
+
+
 class ParallelConfig(Section):
     """Degrees of the two grids that fold over the same ranks.
 
@@ -38,9 +47,11 @@ class ParallelConfig(Section):
     """Data-parallel ranks that share optimizer state; auto takes what is left of the world."""
     data_replicate: PositiveInt = 1
     """Copies of the sharded group."""
-    engine: Literal["zero1", "fsdp2"] = "zero1"
+    engine: Literal["zero1", "fsdp2", "deepspeed"] = "zero1"
     """What data-parallel ranks divide: ``zero1`` optimizer state, with plain parameters (ours; every schedule); ``fsdp2`` weights and
-    gradients too (torch's fully_shard; no pipeline)."""
+    gradients too (torch's fully_shard; no pipeline); ``deepspeed`` what its ZeRO stage says (data_shard × tensor only; needs DeepSpeed)."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """ZeRO's stage and offload."""
     reshard_after_forward: bool = True
     """Read by ``fsdp2``: layers' weights are freed between forward and backward (ZeRO-3); false keeps them until the backward pass
     (ZeRO-2): more memory, one gathering less."""

@@ -143,6 +143,37 @@ def engine_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("parallel.engine", "fsdp2", expected)
 
 
+def deepspeed_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    parallel, options = config.parallel, config.parallel.deepspeed
+    if parallel.engine != "deepspeed":
+        return
+    refused = {
+        "pipeline": "runs no pipeline: DeepSpeed's own would replace the schedules",
+        "context": "is not proven with context ranks",
+        "data_replicate": "divides over all data ranks, without copies",
+        "expert": "sums experts' gradients over data_shard ranks, which hold different experts",
+        "expert_tensor": "sums experts' gradients over data_shard ranks, which may hold different slices",
+    }
+    for name, why in refused.items():
+        if getattr(parallel, name) > 1:
+            yield Problem("parallel.engine", "deepspeed", f"{why}; write {name}: 1, or engine: zero1")
+    if config.optimizer.kind != "adamw":
+        expected = f"flattens parameters, and {config.optimizer.kind} needs their rows and columns; write kind: adamw, or engine: zero1"
+        yield Problem("parallel.engine", "deepspeed", expected)
+    compute = config.precision.compute
+    if compute not in ("fp32", "bf16"):
+        why = "has a loss scaler of its own for fp16" if compute == "fp16" else "keeps masters in float32, below the weights' format"
+        yield Problem("precision.compute", compute, f"engine deepspeed {why}; write bf16 or fp32, or engine: zero1")
+    elif compute == "bf16" and (options.stage, options.offload) != (2, "none"):
+        why = (
+            "adds micro batches' gradients up in bf16"
+            if options.offload != "none"
+            else "has another optimizer for bf16, without float32 sums"
+        )
+        mend = "write stage: 2 and offload: none, compute: fp32, or engine: zero1"
+        yield Problem("parallel.deepspeed", f"stage {options.stage}, offload {options.offload}", f"{why}; {mend}")
+
+
 def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     batch, parallel = config.batch, config.parallel
     if parallel.data_shard != "auto" or world_size is None:
@@ -233,6 +264,7 @@ RULES: tuple[Rule, ...] = (
     expert_groups,
     dense_layers,
     engine_fits,
+    deepspeed_fits,
     batch_division,
     source_names,
     tokenizer_path,

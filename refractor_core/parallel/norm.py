@@ -39,7 +39,8 @@ def gradient_norm(segments: Sequence[Segment], mesh: Mesh) -> Tensor:
         return sum_over(torch.zeros((), dtype=torch.float64), mesh.axis("world")).sqrt()
     squares = torch.stack([squared_norm(segment.gradient) for segment in segments])
     shares = torch.tensor([_share(segment, mesh) for segment in segments], dtype=torch.float64)
-    return sum_over((squares * shares.to(squares.device)).sum(), mesh.axis("world")).sqrt()
+    total = (squares * shares.to(squares.device)).sum()
+    return sum_over(total.to(segments[0].parameter.device), mesh.axis("world")).sqrt()  # offloaded gradients lie elsewhere
 
 
 def _share(segment: Segment, mesh: Mesh) -> float:

@@ -10,6 +10,7 @@ from refractor_core.config import ConfigError, load_run, rules
 MLA = "model.attention.kind=mla"
 EMA = "checkpoint.ema_decay=0.9"
 
+DEEPSPEED, FP32 = "parallel.engine=deepspeed", "precision.compute=fp32"
 CASES = [
     # rule, what fails, the key that is named, what passes, ranks
     ("head_width", ["model.num_heads=6"], "model.num_heads", ["model.num_heads=8"], None),
@@ -61,6 +62,14 @@ CASES = [
     ("dense_layers", ["model.moe.first_dense_layers=3"], "model.moe.first_dense_layers", ["model.moe.first_dense_layers=2"], None),
     ("engine_fits", ["parallel={engine: fsdp2, data_shard: 1}"], "parallel.engine", ["parallel={engine: fsdp2, data_shard: 2}"], None),
     ("engine_fits", ["parallel.engine=fsdp2"], "parallel.engine", ["parallel.engine=fsdp2"], (1, 2)),
+    *(
+        ("deepspeed_fits", [f"parallel={{engine: deepspeed, {name}: 2}}", FP32], "parallel.engine", [DEEPSPEED, FP32], None)
+        for name in ("pipeline", "context", "data_replicate", "expert", "expert_tensor")
+    ),
+    ("deepspeed_fits", [DEEPSPEED, FP32, "optimizer.kind=adafactor"], "parallel.engine", [DEEPSPEED, FP32], None),
+    ("deepspeed_fits", [DEEPSPEED, "precision.compute=fp16"], "precision.compute", [DEEPSPEED, FP32], None),
+    ("deepspeed_fits", [DEEPSPEED], "parallel.deepspeed", [DEEPSPEED, "parallel.deepspeed.stage=2"], None),
+    ("deepspeed_fits", [DEEPSPEED, "parallel.deepspeed={stage: 2, offload: cpu}"], "parallel.deepspeed", [DEEPSPEED, FP32], None),
     ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),
     ("batch_division", [], "batch.global_batch_size", [], (3, 4)),
     ("batch_division", ["parallel.data_shard=3"], "batch.global_batch_size", ["parallel.data_shard=4"], None),
