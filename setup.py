@@ -33,7 +33,7 @@ EXTRAS_REQUIRE = {
         "sympy",
         "scipy",
         "setuptools>=77",  # a test builds the wheel
-        "deepspeed; platform_system == 'Linux'",
+        "deepspeed>=0.19; platform_system == 'Linux'",
         "triton>=3.6; platform_system == 'Linux'",  # its interpreter and its compiler prove kernels without a GPU
     ],
     "deepspeed": ["deepspeed"],
