@@ -164,6 +164,7 @@ def at_step_2(monkeypatch):
 
 @pytest.mark.parametrize("how", ["file", signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_pause_is_granted_after_the_step_and_the_run_goes_on_from_there(tiny_config, at_step_2, how):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     undisturbed, config = tiny_config("undisturbed"), tiny_config("paused")
     tiny.train(undisturbed)
     wishes = Path(config.run.dir) / "requests"

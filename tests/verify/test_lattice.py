@@ -96,7 +96,9 @@ def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path):
         "--record",
         str(record),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # Whoever started the tests in the background, or under nohup, had them ignore the signal; the command must not.
+    attentive = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=attentive)
     while not (record.exists() and record.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.05)
