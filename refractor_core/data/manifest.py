@@ -12,7 +12,7 @@ from refractor_core.config.run import RunConfig
 from refractor_core.config.sources import MegatronSource, OlmoSource
 
 SCHEMA_VERSION = 1
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 """Version of the code between a document and its tokens. Raise it with every change that changes a dataset."""
 MANIFEST = "manifest.json"
 
@@ -48,6 +48,17 @@ class SourceEntry(_Record):
     heldout: SplitEntry
 
 
+class StageEntry(_Record):
+    """A stage that every document went through: its name, the version of its code, and what it says of itself.
+
+    Which documents it changed, ``documents.parquet`` says in the column ``changed``.
+    """
+
+    name: str
+    version: str
+    facts: dict[str, Any] = {}
+
+
 class Manifest(_Record):
     """The dataset's ``manifest.json``. It holds no times and no names of this machine: equal inputs give equal bytes."""
 
@@ -62,6 +73,7 @@ class Manifest(_Record):
     eos_id: int
     dtype: str
     sources: tuple[SourceEntry, ...]
+    stages: tuple[StageEntry, ...] = ()
     files: dict[str, FileEntry]
 
     def text(self) -> str:
@@ -96,7 +108,7 @@ def build_config(config: RunConfig) -> dict[str, Any]:
 
     The directory and the mixture are not in it: one dataset serves any mixture. Nor is how the work is done, which changes nothing.
     """
-    part = config.data.model_dump(mode="json", exclude={"dir", "mixture", "on_error"})
+    part = config.data.model_dump(mode="json", exclude={"dir", "mixture", "workers", "memory_limit", "on_error"})
     if config.data.tokenizer.path is not None:
         part["tokenizer"]["sha256"] = _file_sha256(Path(config.data.tokenizer.path))
     for source, entry in zip(config.data.sources, part["sources"]):
