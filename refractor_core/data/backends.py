@@ -32,6 +32,8 @@ def load_backend(name: str, tokenizer: TextTokenizer) -> Backend:
     if name == "tokenizers":
         return lambda texts: _joined(tokenizer.ids([text.decode() for text in texts]))
     content = json.loads(tokenizer.json)
+    if content["normalizer"]:
+        raise Unsuitable("it normalises texts, where characters act on each other and trying each one by itself proves nothing")
     load = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}[name]
     try:
         return guarded(lambda: load(content))
@@ -92,8 +94,6 @@ def _tiktoken(content: dict) -> Backend:
 
 def _pattern(content: dict) -> str:
     """The one pattern that cuts words, for a tokenizer that does nothing else to a text."""
-    if content["normalizer"]:
-        raise Unsuitable("it normalises texts")
     if any(not token["special"] for token in content["added_tokens"]):
         raise Unsuitable("it has added tokens that are words")
     steps = content["pre_tokenizer"] or {}

@@ -118,22 +118,21 @@ class Encoder:
         size = sum(map(len, pieces))
         if name == "tokenizers":
             return self._truth(pieces), {name: size} if size else {}
-        backend = self._backends[name]
-        sample = _sample(pieces, size)
-        if fault := _fault(backend, sample, self._truth(sample)):
+        strange = self._strange(name, pieces)
+        odd = [piece for piece, flag in zip(pieces, strange) if flag]
+        usual = [piece for piece, flag in zip(pieces, strange) if not flag] if odd else pieces
+        sample = _sample(usual)
+        if fault := _fault(self._backends[name], sample, self._truth(sample)):
             told.append(f"{name} {fault}")
             return None
-        strange = self._strange(name, pieces)
         try:
-            flat, lengths = guarded(lambda: backend([piece for piece, odd in zip(pieces, strange) if not odd]))
+            ids = guarded(lambda: self._backends[name](usual))
         except Exception as error:
             told.append(f"{name} failed: {type(error).__name__}: {error}")
             return None
-        odd = [piece for piece, odd in zip(pieces, strange) if odd]
-        if odd:
-            flat, lengths = _interleaved((flat, lengths), self._truth(odd), np.array(strange))
         slow = sum(map(len, odd))
-        return (flat, lengths), {who: count for who, count in ((name, size - slow), ("tokenizers", slow)) if count}
+        ids = _interleaved(ids, self._truth(odd), strange) if odd else ids
+        return ids, {who: count for who, count in ((name, size - slow), ("tokenizers", slow)) if count}
 
     def _strange(self, name: str, pieces: list[bytes]) -> list[bool]:
         """Which texts hold a character that the backend reads otherwise than ``tokenizers``."""
@@ -146,7 +145,7 @@ class Encoder:
             kinds[fresh] = [_SAME if np.array_equal(a, b) else _STRANGE for a, b in zip(ours, theirs)]
         if not (kinds == _STRANGE).any():
             return [False] * len(pieces)
-        return [view is not None and _holds_strange(view, kinds) for view in views]
+        return [view is not None and bool(_holds_strange(view, kinds)) for view in views]
 
 
 def _rows(ids: Ids) -> list[np.ndarray]:
@@ -165,16 +164,16 @@ def _fault(backend: Backend, texts: list[bytes], expected: Ids) -> str:
     return next(f"gives other ids than tokenizers for {text[:80]!r}" for text, own, true in rows if not np.array_equal(own, true))
 
 
-def _interleaved(usual: Ids, odd: Ids, strange: np.ndarray) -> Ids:
+def _interleaved(usual: Ids, odd: Ids, strange: list[bool]) -> Ids:
     rows = {False: iter(_rows(usual)), True: iter(_rows(odd))}
-    ordered = [next(rows[bool(flag)]) for flag in strange]
+    ordered = [next(rows[flag]) for flag in strange]
     return np.concatenate(ordered), np.array([len(row) for row in ordered], np.int64)
 
 
-def _sample(pieces: list[bytes], size: int) -> list[bytes]:
+def _sample(pieces: list[bytes]) -> list[bytes]:
     """Excerpts from evenly spaced places of a batch; short texts whole."""
     ends = np.cumsum([len(piece) for piece in pieces])
-    found = {}
+    size, found = int(ends[-1]) if len(ends) else 0, {}
     for place in range(min(SPACING, size) // 2, size, SPACING):
         number = int(np.searchsorted(ends, place, side="right"))
         offset = place - int(ends[number]) + len(pieces[number])
@@ -214,8 +213,8 @@ def _probe(character: str) -> bytes:
 def _torture(tokenizer: TextTokenizer) -> list[bytes]:
     """Texts that encoders have disagreed on: white space, contractions, marks, joiners, line ends, controls, special tokens spelled out."""
     gaps = [" ", "  ", "\t", "\n", "\r\n", "\n\n ", "\u00a0", "\u3000", "\u2028", "\u200b", "\u200d", "\x85", "\x1c", "\x00", "\ufeff"]
-    words = ["a", "The", "don't", "WE'LL", "I'VE've", "naïve", "e\u0301", "ſ", "İi", "ß", "ǅ", "Ω", "привет", "שלום", "مرحبا", "नमस्ते", "ไทย",
-             "你好", "こんにちは", "한국어", "1234567890", "٣٤", "²½Ⅷ", "x_y", "$9.99", "--", "…", "«»", "👩‍👩‍👧", "🇩🇪", "\U00020000", "\U0010ffff"]  # fmt: skip
+    words = "a The don't WE'LL I'VE've naïve e\u0301 ſ İi ß ǅ Ω привет שלום مرحبا नमस्ते ไทย 你好 こんにちは 한국어".split(" ")
+    words += "1234567890 ٣٤ ²½Ⅷ x_y $9.99 -- … «» 👩‍👩‍👧 🇩🇪 \U00020000 \U0010ffff".split(" ")
     texts = ["", *gaps, *words, *(gap.join(words) for gap in gaps), *(f"{gap}{word}{gap}" for gap in gaps for word in words)]
     texts += [f"x{gap * count}{end}" for gap in gaps for count in (2, 3, 17) for end in ("y", "", "'s", ".")]
     texts += ["".join(chr(low) + chr(high) for high in range(128)) for low in range(128)]
