@@ -253,6 +253,7 @@ class _Build:
                     signals=cleaning.signals,
                     tokenizer=tokenizer,
                     eos_token=data.tokenizer.eos_token,
+                    backend=data.tokenizer.backend,
                     vocab_size=self._config.model.vocab_size,
                     heldout_share=data.heldout_share,
                     given_up=lost,

@@ -6,8 +6,10 @@ the store's type, and ``rows.arrow``, what ``documents.parquet`` will say of eac
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ import pyarrow.ipc
 
 from refractor_core.data.columns import column
 from refractor_core.data.corpus import Changes, Corpus
+from refractor_core.data.encoder import Encoder
+from refractor_core.data.manifest import hash_file
 from refractor_core.data.parts import PartReader
 from refractor_core.data.pool import Watch
 from refractor_core.data.split import chosen
@@ -53,6 +57,7 @@ class TokeniseTask:
         signals: float32 [documents of the corpus] files, by name.
         tokenizer: ``tokenizer.json``.
         eos_token: of the tokenizer.
+        backend: ``data.tokenizer.backend``.
         vocab_size: decides the tokens' type.
         heldout_share, given_up: decide the split (see ``split``).
     """
@@ -65,6 +70,7 @@ class TokeniseTask:
     signals: Mapping[str, Path]
     tokenizer: Path
     eos_token: str
+    backend: str
     vocab_size: int
     heldout_share: float
     given_up: frozenset[str]
@@ -73,7 +79,7 @@ class TokeniseTask:
 def tokenise(task: TokeniseTask, watch: Watch) -> None:
     """Makes the piece of a segment."""
     watch.begin(str(task.segment))
-    tokenizer = TextTokenizer.load(task.tokenizer, task.eos_token)
+    encoder = _encoder(task.tokenizer, hash_file(task.tokenizer), task.eos_token, task.backend)
     reader = PartReader(task.segment)
     rows = np.flatnonzero(task.kept)
     table = _provenance(reader).take(rows)
@@ -87,13 +93,21 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
     with finished(task.piece) as folder:
         with (folder / "tokens.bin").open("wb") as stream:
             for begin, chunk in texts.chunks(rows):
-                for place, tokens in enumerate(tokenizer.encode(chunk), begin):
-                    keys["tokens"][place] = len(tokens)
-                    stream.write(tokens.astype(token_dtype(task.vocab_size)).tobytes())
+                encoded = encoder.encode(chunk)
+                for fault in encoded.told:
+                    print(f"tokenise: {fault}; another backend took over", file=sys.stderr)
+                keys["tokens"][begin : begin + len(chunk)] = encoded.lengths
+                stream.write(encoded.tokens.astype(token_dtype(task.vocab_size)).tobytes())
                 watch.advance(sum(map(len, chunk)))
         keys["bytes"] = texts.bytes
         np.save(folder / "keys.npy", keys)
         _write_rows(folder / "rows.arrow", task, table, keys, rows, texts)
+
+
+@lru_cache(1)
+def _encoder(path: Path, sha256: str, eos_token: str, backend: str) -> Encoder:
+    """One for all segments that a process works on: making it takes a second."""
+    return Encoder(TextTokenizer.load(path, eos_token), backend)
 
 
 class _Texts:
@@ -110,16 +124,16 @@ class _Texts:
         self.sha256: list[str] = []
         self.changed: list[str] = []
 
-    def chunks(self, rows: np.ndarray) -> Iterator[tuple[int, list[str]]]:
+    def chunks(self, rows: np.ndarray) -> Iterator[tuple[int, list[bytes]]]:
         """(place of the first, texts) of ``CHUNK_BYTES`` together, or of one larger text."""
-        chunk: list[str] = []
+        chunk: list[bytes] = []
         size = begin = 0
         for place, row in enumerate(rows.tolist()):
             text = self._text(row)
             if chunk and size + len(text) > CHUNK_BYTES:
                 yield begin, chunk
                 chunk, size, begin = [], 0, place
-            chunk.append(text.decode())
+            chunk.append(text)
             size += len(text)
         if chunk:
             yield begin, chunk
