@@ -93,11 +93,12 @@ def _beyond_ascii(text, base, width, word, high, fresh):
         word = word & ~own if kind == _SEPARATOR else word | own
         if kind == _IDEOGRAPH:
             split |= _ONE << np.uint64(place)
-            if place + size >= width:
+            if place + size == WIDTH:
                 fresh = True
             else:
                 split |= _ONE << np.uint64(place + size)
     if width < WIDTH:
+        fresh = (split >> np.uint64(width)) & _ONE != 0
         word, split = word & ((_ONE << np.uint64(width)) - _ONE), split & ((_ONE << np.uint64(width)) - _ONE)
     return word, split, width, fresh
 

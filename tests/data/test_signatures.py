@@ -92,7 +92,7 @@ def test_truncated_and_invalid_utf8_is_read_to_its_end(text, words):
     assert len(shingles(b"one two three four. " * 5 + text)) == 20 + words - NGRAM + 1
 
 
-@pytest.mark.parametrize("piece", ["word ", "日 ", "日", "é ", "𠀀x ", "…a "])
+@pytest.mark.parametrize("piece", ["word ", "日 ", "日", "é ", "𠀀x ", "…a ", "日日😀x"])
 def test_characters_across_the_edge_of_a_window(piece):
     """Sixty-four bytes are looked at together; where the window begins does not matter."""
     expected = shingles((piece * 60).encode())
