@@ -9,11 +9,12 @@ A stage is a function of (``Cleaning``, folder). It looks at documents that are 
 - ``facts.json``: what the manifest shall say of the stage, such as frozen thresholds.
 
 What a stage writes depends on the corpus and the configuration alone: not on ``pool.workers``, and not on ``memory``, from which it may
-only take how much it handles at a time. Stages are declared in ``STAGES`` in the order in which they run.
+only take how much it handles at a time. What it finds segment by segment it makes with ``Cleaning.map``: in parallel, and resumable.
+``stages.STAGES`` lists the stages.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,17 @@ from typing import Any
 import numpy as np
 
 from refractor_core.config.data import DataConfig
-from refractor_core.data.audit import AuditWriter
-from refractor_core.data.corpus import Changes, Corpus
-from refractor_core.data.dedup import Duplicate, exact_duplicates, near_duplicates
-from refractor_core.data.documents import Document
+from refractor_core.data.corpus import Changes, Corpus, Segment
 from refractor_core.data.memory import Memory
-from refractor_core.data.pool import Pool
+from refractor_core.data.pool import Pool, Watch
 from refractor_core.data.progress import stage_bar
-from refractor_core.data.reading import removal
+from refractor_core.data.work import finished
 
 AUDIT = "audit.parquet"
 REMOVED = "removed.npy"
 FACTS = "facts.json"
+SegmentWork = Callable[[Segment, DataConfig, Path, Watch], None]
+"""Makes the piece of one segment in an empty folder; a function of a module's top level. It tells the watch the bytes that are done."""
 
 
 @dataclass
@@ -43,28 +43,48 @@ class Cleaning:
         config: the configuration's data section.
         corpus: every document that was read and passed the filters, texts as they are now.
         kept: bool [len(corpus)]: who is still in. Stages do not write to it.
-        pieces: the read stage's folder of each part, with what it left for later stages; rows of a part are consecutive documents.
         pool, memory: to work in.
+        folder: where the pieces of segments lie.
     """
 
     config: DataConfig
     corpus: Corpus
     kept: np.ndarray
-    pieces: tuple[Path, ...]
     pool: Pool
     memory: Memory
+    folder: Path
     signals: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    changed: dict[str, list[Path]] = field(default_factory=dict)
+
+    def map(self, name: str, work: SegmentWork) -> list[Path]:
+        """Makes a piece of every segment that has none of this name yet, under a progress bar; returns all pieces in order."""
+        pieces = [self.folder / name / f"{number:06}" for number in range(len(self.corpus.paths))]
+        tasks = [(work, self.segment(number), self.config, piece) for number, piece in enumerate(pieces) if not piece.exists()]
+        with stage_bar(name, sum(segment.size() for _, segment, _, _ in tasks), "B", self.memory) as advance:
+            self.pool.map(_piece, tasks, advance)
+        return pieces
+
+    def segment(self, number: int) -> Segment:
+        """A segment as it is now, for a worker."""
+        first, last = self.corpus.starts[number : number + 2].tolist()
+        changes = tuple((stage, tuple(changes.paths)) for stage, changes in self.corpus.changes.items())
+        return Segment(self.corpus.paths[number], int(self.corpus.sources[number]), first, self.kept[first:last], changes)
 
     def take(self, stage: str, piece: Path) -> None:
         """Applies what a stage left."""
         if (piece / REMOVED).exists():
             self.kept[np.load(piece / REMOVED)] = False
-        self.changed[stage] = sorted(piece.glob("changes-*.arrow"))
-        self.corpus.changes += [Changes(path) for path in self.changed[stage]]
+        if changed := sorted(piece.glob("changes-*.arrow")):
+            self.corpus.changes[stage] = Changes(changed)
         self.signals |= {path.stem.removeprefix("signal-"): path for path in sorted(piece.glob("signal-*.npy"))}
         self.facts[stage] = json.loads((piece / FACTS).read_text()) if (piece / FACTS).exists() else {}
+
+
+def _piece(task: tuple[SegmentWork, Segment, DataConfig, Path], watch: Watch) -> None:
+    work, segment, config, piece = task
+    watch.begin(str(segment.path))
+    with finished(piece) as folder:
+        work(segment, config, folder, watch)
 
 
 @dataclass(frozen=True)
@@ -82,46 +102,3 @@ class Stage:
     version: str
     wanted: Callable[[DataConfig], bool]
     run: Callable[[Cleaning, Path], None]
-
-
-class _Texts:
-    """The kept documents in order of priority, as a sequence that reads them when asked."""
-
-    def __init__(self, cleaning: Cleaning):
-        self._corpus = cleaning.corpus
-        sources = np.repeat(cleaning.corpus.sources, np.diff(cleaning.corpus.starts))
-        self.numbers = np.lexsort((cleaning.corpus.column("id").astype(str), sources))
-        self.numbers = self.numbers[cleaning.kept[self.numbers]]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> Document:
-        return self._corpus.document(int(self.numbers[index]))
-
-    def __iter__(self) -> Iterator[Document]:
-        return (self[index] for index in range(len(self)))
-
-
-def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
-    """Exact duplicates, and near ones unless that is switched off."""
-    texts, config = _Texts(cleaning), cleaning.config.deduplication
-    gone: list[int] = []
-    with AuditWriter(folder / AUDIT) as audit:
-
-        def drop(duplicates: list[Duplicate], stage: str, rule: str, threshold: float | None) -> None:
-            for duplicate in duplicates:
-                document, twin = texts[duplicate.removed], texts[duplicate.kept]
-                audit.add(removal(document, stage, rule, duplicate.similarity, threshold, twin.id))
-            gone.extend(int(texts.numbers[duplicate.removed]) for duplicate in duplicates)
-            texts.numbers = np.delete(texts.numbers, [duplicate.removed for duplicate in duplicates])
-
-        drop(exact_duplicates(texts), "exact", "sha256", None)
-        if config.enabled:
-            sizes = sum(int(cleaning.corpus.reader(segment).sizes().sum()) for segment in range(len(cleaning.corpus.paths)))
-            with stage_bar("near duplicates", sizes, "B", cleaning.memory) as advance:
-                drop(near_duplicates(texts, config, advance), "near", "jaccard", config.threshold)
-    np.save(folder / REMOVED, np.sort(np.array(gone, np.int64)))
-
-
-STAGES = (Stage("duplicates", "1", lambda config: True, remove_duplicates),)
