@@ -7,7 +7,6 @@ tokenizer; tokenise segments (``tokenising``); assemble stores and tables (``ass
 
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -50,7 +49,7 @@ from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample
 from refractor_core.data.tokenizer import TextTokenizer, make_tokenizer
-from refractor_core.data.work import Work, discard, finished, open_work
+from refractor_core.data.work import KEY, Work, discard, finished, open_work, remove
 
 TRAINING_SAMPLE = 8_000_000
 """Bytes of text that the tokenizer is trained on: the documents that come first in the stores' order, over all sources."""
@@ -158,6 +157,7 @@ class _Build:
         self._config, self._parts, self._work, self._pool, self._memory = config, parts, work, pool, memory
         inputs = hashlib.sha256("\n".join(part.name for part in parts).encode()).hexdigest()[:16]
         self._stage = f"all-{inputs}"  # of what is made from all parts together
+        work.only(".", ["read", self._stage, KEY])
 
     def into(self, target: Path) -> None:
         """Everything, from files to a dataset at ``target``."""
@@ -196,7 +196,7 @@ class _Build:
     def _is_read(self, piece: Path) -> bool:
         """Whether a part is read, and as ``data.on_error`` wants it."""
         if piece.exists() and self._config.data.on_error == "stop" and has_faults(piece):
-            shutil.rmtree(piece)
+            remove(piece)
         return piece.exists()
 
     def _corpus(self) -> tuple[Corpus, tuple[Path, ...]]:
