@@ -70,7 +70,8 @@ def round_rows(
     tile loses all its tokens: ``multiple`` should be well below T·K / E. Call it between ``route`` and ``experts``.
 
     Args:
-        affinities_TE, indices_TK: of ``route``; an index of −1 is no choice; no expert twice for a token.
+        affinities_TE: softmax or sigmoid of the router's logits, float32 or float64.
+        indices_TK: of ``route``, int64; −1 is no choice; no expert twice for a token.
         multiple: rows of a tile; 128 is the grouped GEMM's.
         normalize, scale: as in ``route``: the weights of the experts that a token ends up with.
 

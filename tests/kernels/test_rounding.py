@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refractor_kernels import experts, round_rows, route
+from refractor_kernels import experts, round_rows
 from tests.kernels.test_experts import problem
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
@@ -35,7 +35,7 @@ def by_hand(affinities: list[list[float]], chosen: list[list[int]], multiple: in
 @given(tokens=st.integers(0, 30), count=st.integers(1, 6), top_k=st.integers(1, 3), multiple=st.integers(1, 7), seed=st.integers(0, 99))
 def test_as_the_definition_says(tokens, count, top_k, multiple, seed):
     logits = torch.randn(tokens, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    _, indices, affinities = route(logits, top_k=min(top_k, count))
+    affinities, indices = logits.softmax(-1), logits.topk(min(top_k, count)).indices
     weights, rounded = round_rows(affinities, indices, multiple=multiple)
     expected = by_hand(affinities.tolist(), indices.tolist(), multiple) if tokens else []
     assert [set(row) - {-1} for row in rounded.tolist()] == expected
@@ -66,8 +66,7 @@ def test_relabelled_experts_and_permuted_tokens_change_nothing_else():
 def test_experts_take_it_and_scores_get_their_gradient():
     x, gate_up, down, _, _ = problem(24, 4, 2, 8, 8, 0)
     logits = torch.randn(24, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    _, indices, affinities = route(logits, top_k=2)
-    weights, rounded = round_rows(affinities, indices, multiple=4, scale=2.0)
+    weights, rounded = round_rows(logits.softmax(-1), logits.topk(2).indices, multiple=4, scale=2.0)
     assert weights.sum().item() == pytest.approx(2.0 * float((rounded >= 0).any(1).sum()), rel=1e-12)
     experts(x, gate_up, down, rounded, weights).square().sum().backward()
     assert logits.grad.isfinite().all() and logits.grad.any()

@@ -48,7 +48,7 @@ def test_resume_leaves_each_step_once(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["m"]
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b"{", b"\x00\x00\x00", b'{"step": 3}'])
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b"{", b'\x00\x00\x00', b'{"step": 3}'])
 def test_a_part_of_a_line_is_passed_over_and_cut_off(tmp_path, tail):
     path = tmp_path / "m"
     whole = b'{"step": 1}\n{"step": 2}\n'

@@ -154,9 +154,8 @@ def test_output_head():
     expected = (logits - top).exp()
     expected[0, 3] -= 1
     torch.testing.assert_close(grads[:, :9], expected)
-    words = torch.randn(9, 16)
-    made = torch.zeros(1, 16)
+    words, made = torch.randn(9, 64), torch.zeros(1, 64)
     with along_the_grid(tiles):
-        w_desc = TensorDescriptor.from_tensor(words, [16, 16])
-        head._multiply[(1,)](g_desc, w_desc, far(made), tokens, 16, 9, TRANSPOSED=False, ADD=True, **sizes)
+        w_desc = TensorDescriptor.from_tensor(words, [16, 64])
+        head._multiply[(1,)](g_desc, w_desc, far(made), tokens, 64, 9, TRANSPOSED=False, ADD=True, **sizes | {"BLOCK_N": 64})
     torch.testing.assert_close(made, grads[:, :9] @ words)
