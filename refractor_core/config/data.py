@@ -80,6 +80,8 @@ class DataConfig(Section):
     """Removal of near-duplicates."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
+    on_error: Literal["quarantine", "stop"] = "quarantine"
+    """What happens to input that cannot be read: quarantine names it in the audit and goes on, stop ends the build at the first."""
     heldout_share: float = Field(0.02, gt=0, lt=0.5)
     """Share of the documents, chosen by hash, that training never sees and evaluation reads."""
 

@@ -94,9 +94,9 @@ class Manifest(_Record):
 def build_config(config: RunConfig) -> dict[str, Any]:
     """The part of a run's configuration that decides what a dataset holds, as plain values.
 
-    The directory and the mixture are not in it: one dataset serves any mixture.
+    The directory and the mixture are not in it: one dataset serves any mixture. Nor is how the work is done, which changes nothing.
     """
-    part = config.data.model_dump(mode="json", exclude={"dir", "mixture"})
+    part = config.data.model_dump(mode="json", exclude={"dir", "mixture", "on_error"})
     if config.data.tokenizer.path is not None:
         part["tokenizer"]["sha256"] = _file_sha256(Path(config.data.tokenizer.path))
     for source, entry in zip(config.data.sources, part["sources"]):
