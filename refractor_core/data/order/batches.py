@@ -6,6 +6,8 @@ Legend: B rows, b this rank's rows, S tokens per row, n pieces of documents.
 import bisect
 import hashlib
 import json
+import os
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from refractor_core.data.mixture import PERIOD
 from refractor_core.data.order.plan import LAYOUT, Pieces
 from refractor_core.data.order.stages import Layout, Stage
 from refractor_core.data.store import REBUILD
+
+FOUND_TOGETHER = 512
+"""Rows whose packs are found at once, in batches of steps that follow one another: finding one takes hardly less time."""
 
 
 class BatchPlan:
@@ -40,14 +45,19 @@ class BatchPlan:
         self._seed = config.run.seed
         self._vocab_size, self._padding = dataset.manifest.vocab_size, dataset.manifest.eos_id
         self._names = [source.name for source in dataset.manifest.sources]
-        self._stores = [store.tokens for store in dataset.train]
+        self._stores, self._dtype = dataset.train, np.dtype(dataset.manifest.dtype)
+        self._unsigned = np.dtype(f"u{self._dtype.itemsize}")
         layout = Layout(dataset, config)
         self.stages, self.packs_folder = layout.stages(), layout.cache.folder
+        self._group = lru_cache(maxsize=2)(self._find)  # steps follow one another
 
     def _stage(self, step: int) -> Stage:
+        return self.stages[self._number(step)]
+
+    def _number(self, step: int) -> int:
         if not 0 <= step < self.stages[-1].until_step:
             raise ValueError(f"step {step}: curriculum.stages cover the steps from 0 to {self.stages[-1].until_step - 1}")
-        return self.stages[bisect.bisect_right([stage.until_step for stage in self.stages], step)]
+        return bisect.bisect_right([stage.until_step for stage in self.stages], step)
 
     def pieces(self, step: int) -> tuple[np.ndarray, Pieces]:
         """What the rows of the global batch of ``step`` are made of: the source of each, int64 [B], and their pieces.
@@ -55,10 +65,23 @@ class BatchPlan:
         Raises:
             ValueError: the curriculum does not reach ``step``.
         """
-        stage = self._stage(step)
-        source_B, rank_B = stage.mixture.locate(np.arange(stage.rows) + (step - stage.first_step) * stage.rows)
+        number = self._number(step)
+        stage = self.stages[number]
+        together = max(1, FOUND_TOGETHER // stage.rows)
+        group, nth = divmod(step - stage.first_step, together)
+        source_B, pieces = self._group(number, group * together, together)
+        own = slice(nth * stage.rows, (nth + 1) * stage.rows)
+        low, high = np.searchsorted(pieces.row, [own.start, own.stop])
+        fields = (getattr(pieces, name)[low:high] for name in ("start", "length", "ends", "document"))
+        return source_B[own], Pieces(pieces.row[low:high] - own.start, *fields)
+
+    def _find(self, number: int, first: int, steps: int) -> tuple[np.ndarray, Pieces]:
+        """``pieces`` of a stage's steps from its ``first`` on, at most ``steps`` of them."""
+        stage = self.stages[number]
+        last = min(first + steps, stage.until_step - stage.first_step)
+        source_B, rank_B = stage.mixture.locate(np.arange(first * stage.rows, last * stage.rows))
         found = []
-        for source in np.unique(source_B).tolist():
+        for source in np.flatnonzero(np.bincount(source_B)).tolist():
             rows = np.flatnonzero(source_B == source)
             own = stage.readings[source].read(rank_B[rows])
             found.append((rows[own.row], own.start, own.length, own.ends, own.document))
@@ -84,18 +107,17 @@ class BatchPlan:
         row, start, length, ends = pieces.row[own] - begin, pieces.start[own], pieces.length[own], pieces.ends[own]
         source_n = source_B[begin:end][row]
         place, used_b = _places(row, length, end - begin, stage.length)
-        tokens = torch.empty(end - begin, stage.length, dtype=torch.int64)
-        labels = torch.empty_like(tokens)
-        flat = tokens.view(-1).numpy()
-        for source, first, at, count in zip(source_n.tolist(), start.tolist(), place.tolist(), length.tolist()):
-            flat[at : at + count] = self._stores[source][first : first + count]
+        flat, following = self._read(source_n, start, length, place, ends, (end - begin) * stage.length)
         padded = np.flatnonzero(used_b < stage.length)
         for at, count in zip((padded * stage.length).tolist(), used_b[padded].tolist()):
             flat[at + count : at + stage.length] = self._padding
-        self._refuse_strange_tokens(source_B[begin:end], tokens.numpy())
+        self._refuse_strange_tokens(source_B[begin:end], flat.reshape(-1, stage.length))
+        self._refuse_strange_tokens(source_n, following[:, None])
+        tokens, labels = (torch.empty(end - begin, stage.length, dtype=torch.int64) for _ in range(2))
+        tokens.view(-1).numpy()[:] = flat
         targets = labels.view(-1).numpy()
         targets[:-1] = flat[1:]
-        targets[place + length - 1] = self._next(source_n, start + length, ends)
+        targets[place + length - 1] = np.where(ends, IGNORE, following.astype(np.int64))
         for at, count in zip((padded * stage.length).tolist(), used_b[padded].tolist()):
             targets[at + count : at + stage.length] = IGNORE
         bounds = np.concatenate([place, padded * stage.length + used_b[padded], [(end - begin) * stage.length]])
@@ -108,16 +130,28 @@ class BatchPlan:
             sequences=stage.rows,
         )
 
-    def _next(self, source_n: np.ndarray, behind: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """int64 [n]: the token behind each piece, where its document goes on; else ``IGNORE``."""
-        found = np.full(len(behind), IGNORE, dtype=np.int64)
-        for index in np.flatnonzero(~ends).tolist():
-            found[index] = self._stores[source_n[index]][behind[index]]
-        return found
+    def _read(
+        self, source_n: np.ndarray, start: np.ndarray, length: np.ndarray, place: np.ndarray, ends: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens of the flattened rows [size], the token behind each piece where its document goes on, else 0, [n]) in the stores' dtype."""
+        width = self._dtype.itemsize
+        flat, following = np.empty(size, self._dtype), np.zeros(len(place), self._dtype)
+        tokens, behind = memoryview(flat).cast("B"), memoryview(following).cast("B")
+        files = [store.file.fileno() for store in self._stores]
+        found = 0
+        bounds = zip(
+            source_n.tolist(), (start * width).tolist(), (place * width).tolist(), ((place + length) * width).tolist(), ends.tolist()
+        )
+        for number, (source, offset, low, high, last) in enumerate(bounds):
+            into = [tokens[low:high]] if last else [tokens[low:high], behind[number * width : (number + 1) * width]]
+            found += os.preadv(files[source], into, offset)
+        if found != (int(length.sum()) + int((~ends).sum())) * width:
+            raise ValueError(f"{self.dataset.path / 'train'}: a file is shorter than when training began; {REBUILD}")
+        return flat, following
 
     def _refuse_strange_tokens(self, source_b: np.ndarray, tokens: np.ndarray) -> None:
         """A damaged store must not reach the embedding, which would fail without a word about the file, on a GPU for good."""
-        if tokens.size and tokens.view(np.uint64).max() >= self._vocab_size:  # negative ones are large then
+        if tokens.size and tokens.view(self._unsigned).max() >= self._vocab_size:  # negative ones are large then
             row, column = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0]
             path = self.dataset.path / "train" / f"{self._names[source_b[row]]}.bin"
             told = f"holds token {tokens[row, column]}, outside the vocabulary of {self._vocab_size}"
@@ -133,12 +167,12 @@ class BatchPlan:
         return hashlib.sha256(json.dumps([LAYOUT, self.dataset.sha256, self._seed, stages]).encode()).hexdigest()
 
     def describe(self) -> list[dict[str, Any]]:
-        """What each stage will contain: ``stage first_step until_step sequence_length global_batch_size sequences tokens documents padding
-        sources``.
+        """What each stage will contain, as ``stage first_step until_step sequence_length global_batch_size sequences tokens documents
+        padding sources``.
 
-        ``tokens`` are those of documents; ``padding`` is the share of all places that they leave empty. ``sources`` maps a source's name to
-        its ``sequences``, ``tokens``, ``documents``, its ``target`` share of the stage's sequences and the ``share`` it has, and ``epochs``:
-        tokens of this stage over tokens of the source.
+        ``tokens`` are those of documents; ``padding`` is the share of all places that they leave empty. ``sources`` maps a source's name
+        to its ``sequences``, ``tokens``, ``documents``, its ``target`` share of the stage's sequences and the ``share`` it has, and
+        ``epochs``: tokens of this stage over tokens of the source.
         """
         return [self._describe(number, stage) for number, stage in enumerate(self.stages)]
 
@@ -147,7 +181,7 @@ class BatchPlan:
         for name, samples, reading, store in zip(self._names, stage.mixture.samples.tolist(), stage.readings, self._stores):
             tokens, documents = reading.contents()
             sources[name] = {"sequences": reading.count, "tokens": tokens, "documents": documents, "target": samples / PERIOD}
-            sources[name] |= {"share": reading.count / stage.sequences, "epochs": tokens / max(1, len(store))}
+            sources[name] |= {"share": reading.count / stage.sequences, "epochs": tokens / max(1, len(store.tokens))}
         tokens = sum(own["tokens"] for own in sources.values())
         return {
             "stage": number,

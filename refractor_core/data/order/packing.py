@@ -1,8 +1,8 @@
 """Best-fit packing: documents into sequences of S tokens, with the fewest cuts and hardly any padding.
 
-A document of more than S tokens gives as many full windows as it has, and a rest; a rest and a shorter document are never cut. Longest first,
-each goes where it leaves the least room. Rooms are counted, not searched: all packs with r tokens of room hang on one list, and a bitmap of
-bitmaps finds the smallest r with a pack in four looks, whatever S.
+A document of more than S tokens gives as many full windows as it has, and a rest; a rest and a shorter document are never cut. Longest
+first, each goes where it leaves the least room. Rooms are counted, not searched: all packs with r tokens of room hang on one list, and a
+bitmap of bitmaps finds the smallest r with a pack in four looks, whatever S.
 Source: optimised best-fit decreasing, H. Ding et al., Fewer truncations improve language modeling, arXiv 2404.10830, section 3.
 """
 

@@ -1,9 +1,9 @@
 """The packs of one source at one sequence length, on disk: written block by block in bounded memory, read through memory maps.
 
-A block is some thousand packs of neighbouring documents. Its packs are numbered: first the full windows of its long documents, then the packs
-of rests and short documents. ``blocks.npy`` has a record per block. The rest is uint32, so a document takes 12 bytes at most:
-``windows.bin``, for each document of a block with full windows, how many there are up to it, itself included; ``pieces.bin``, the documents
-whose rests a block's packs hold, counted from the block's first; ``ends.bin``, where in those each pack ends.
+A block is some thousand packs of neighbouring documents. Its packs are numbered: first the full windows of its long documents, then the
+packs of rests and short documents. ``blocks.npy`` has a record per block. The rest is uint32, so a document takes 12 bytes at most:
+``windows.bin``, for each document of a block with full windows, how many there are up to it, itself included; ``pieces.bin``, the
+documents whose rests a block's packs hold, counted from the block's first; ``ends.bin``, where in those each pack ends.
 """
 
 import json
@@ -25,8 +25,9 @@ MOST_BLOCKS = 4096
 """A block has ``BLOCK_PACKS`` packs, or a ``MOST_BLOCKS``-th of the source, whichever is more."""
 FILES = ("windows", "pieces", "ends")
 BLOCK = np.dtype([(name, "<i8") for name in ("first", "behind", "packs", "full", "window", "piece", "end", "tokens", "documents")])
-"""first, behind: first document, and the one behind the last; of the block of leftovers both are -1. packs: packs before the block. full: its
-full windows. window, piece, end: where it begins in the three files. tokens, documents: before the block. A last record has the totals."""
+"""first, behind: first document, and the one behind the last; of the block of leftovers both are -1. packs: packs before the block. full:
+its full windows. window, piece, end: where it begins in the three files. tokens, documents: before the block. A last record has the
+totals."""
 
 
 def block_tokens(store: TokenStore, length: int) -> int:
@@ -72,8 +73,8 @@ def _blocks(store: TokenStore, selection: Selection, length: int) -> Iterator[tu
 
 @dataclass(frozen=True)
 class Pieces:
-    """What rows are made of, in order: of each piece its row, its first token in the store, its tokens, whether it ends its document, and where
-    the document (or what was left of it) begins. int64 [n], ``ends`` bool [n]."""
+    """What rows are made of, in order: of each piece its row, its first token in the store, its tokens, whether it ends its document, and
+    where the document (or what was left of it) begins. int64 [n], ``ends`` bool [n]."""
 
     row: np.ndarray
     start: np.ndarray

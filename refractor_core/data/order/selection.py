@@ -1,7 +1,8 @@
 """Which documents of a source a stage may still read in this epoch.
 
-A stage reads a source in the order of its store, block by block. It leaves whole what it has not come to, and of its last block those pieces
-that no sample took. Stages may take documents of certain lengths only, so each band of lengths has a place of its own up to which it is read.
+A stage reads a source in the order of its store, block by block. It leaves whole what it has not come to, and of its last block those
+pieces that no sample took. Stages may take documents of certain lengths only, so each band of lengths has a place of its own up to which
+it is read.
 """
 
 import hashlib
@@ -46,8 +47,8 @@ class Selection:
         return hashlib.sha256(b"\0".join([json.dumps(bands).encode(), *pieces])).hexdigest()
 
     def blocks(self, store: TokenStore, tokens: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Stretches of the store with at least ``tokens`` tokens to be read, less only in the last: (first document, int64 tokens of it and of
-        each that follows, 0 for what is not to be read)."""
+        """Stretches of the store with at least ``tokens`` tokens to be read, less only in the last: (first document, int64 tokens of it and
+        of each that follows, 0 for what is not to be read)."""
         first = scanned = int(self.cursors.min())
         pending = np.zeros(0, dtype=np.int64)
         while scanned < store.documents:

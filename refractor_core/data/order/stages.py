@@ -175,14 +175,11 @@ class Layout:
             weights = [explicit.get(name, 0.0) for name in self._names]
         for name, weight, have in zip(self._names, weights, there):
             if weight and have < stage.sequence_length:
-                only = (
-                    f" in documents of {stage.min_document_tokens} to {stage.max_document_tokens or 'any number of'}"
-                    if len(self._edges)
-                    else ""
-                )
+                bounds = f"{stage.min_document_tokens} to {stage.max_document_tokens or 'any number of'}"
+                only = f" in documents of {bounds}" if len(self._edges) else ""
                 raise ValueError(
-                    f"curriculum.stages.{number}.sequence_length = {stage.sequence_length}: source {name!r} of data.sources has only {have} "
-                    f"training tokens{only}, less than a sequence; shorten the sequences, add documents or give the source no share"
+                    f"curriculum.stages.{number}.sequence_length = {stage.sequence_length}: source {name!r} of data.sources has only "
+                    f"{have} training tokens{only}, less than a sequence; shorten the sequences, add documents or give the source no share"
                 )
         epochs = [mixture.source_max_epochs.get(name, mixture.max_epochs) for name in self._names]
         left = [
