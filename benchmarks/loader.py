@@ -1,9 +1,9 @@
 """How fast batches come off a warm file on one core: ``BatchPlan`` beside a loop like Megatron-LM's and torch's DataLoader.
 
 All read as many tokens of the same token stores, in random order. ``BatchPlan`` finds packs of whole documents from the step alone, masks
-targets across documents, and lists document boundaries. The others read windows of the concatenated documents from a ready-made table, and
-only tokens and labels: the Megatron-like loop joins the pieces of each document as GPTDataset does, the DataLoader (no workers) collates one
-pair of tensors per window.
+targets across documents, and lists document boundaries. The others read windows of the concatenated documents from a ready-made table,
+and only tokens and labels: the Megatron-like loop joins the pieces of each document as GPTDataset does, the DataLoader (no workers)
+collates one pair of tensors per window.
 
 usage: python benchmarks/loader.py [--tokens 64000000] [--blocks 9]
 """

@@ -133,7 +133,7 @@ class BatchPlan:
     def _read(
         self, source_n: np.ndarray, start: np.ndarray, length: np.ndarray, place: np.ndarray, ends: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens of the flattened rows [size], the token behind each piece where its document goes on, else 0, [n]) in the stores' dtype."""
+        """In the stores' dtype: tokens of the flattened rows [size]; the token behind each piece if its document goes on, else 0, [n]."""
         width = self._dtype.itemsize
         flat, following = np.empty(size, self._dtype), np.zeros(len(place), self._dtype)
         tokens, behind = memoryview(flat).cast("B"), memoryview(following).cast("B")
