@@ -122,10 +122,6 @@ class DeepSpeed:
         for partition in self._partitions:
             partition.resume(int(self._count))
 
-    def close(self) -> None:
-        """See ``Engine``."""
-        self._engine.destroy()
-
 
 class _Partition:
     """This rank's part of one parameter group under ``DeepSpeedZeroOptimizer``, and its gradients.

@@ -61,13 +61,11 @@ def trained(config, mesh, *parts, dtype=torch.float32, skipped=None):
             passes(rows_of(batch, data.rank, data.size), step, 4.0)
             norm = engine.finish(4.0)
             norms.append(norm.item())
-            segments = engine.gradients.segments if kind == "zero1" else engine.segments
-            gradients = [(s.name, s.gradient.clone(), s.extent) for s in segments]
+            gradients = [(s.name, s.gradient.clone(), s.extent) for s in engine.segments]
             if step != skipped:
                 engine.update(1e-2, norm, CLIP)
         records = [(saved.name, saved.tensor.clone(), saved.extent) for saved in engine.state()]
         told = everybodys(records)
-        engine.close()
     return norms, gradients, records
 
 
