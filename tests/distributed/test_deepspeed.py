@@ -249,20 +249,12 @@ def an_average_of_stage_3():
     deepspeed_partitions.SplitPartition.take_gradients = lambda self: None
 
 
-def stale_weights():
-    """Of the masters that were loaded, the ranks' whole parameters hear nothing."""
-    from refractor_core.train import deepspeed_partitions
-
-    deepspeed_partitions.SplitPartition.resume = lambda self, count: None
-
-
 FAULTS = [
     (an_average, "1 none", {}),
     (clipped_twice, "1 cpu", {}),
     (stale_gradients, "2 cpu", {"skipped": 2}),
     (stale_gradients, "3 none", {"skipped": 2}),
     (an_average_of_stage_3, "3 cpu", {}),
-    (stale_weights, "3 disk weights", {}),
 ]
 
 
