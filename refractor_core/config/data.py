@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
+from refractor_core.config.quality import FilterConfig, LanguagesConfig
 from refractor_core.config.section import Section
 from refractor_core.config.sources import SourceConfig
 
@@ -18,24 +19,14 @@ class TokenizerConfig(Section):
     """The ``tokenizer.json``, relative to the working directory; giving it implies ``kind: file``."""
     eos_token: str = Field("<|endoftext|>", min_length=1)
     """Special token that ends every document. Text that spells it out is encoded as ordinary text."""
+    backend: Literal["auto", "gigatoken", "tiktoken", "tokenizers"] = "auto"
+    """What encodes. All give the same tokens, so that a dataset does not depend on it; ``auto`` takes the fastest that gives those of
+    ``tokenizers``, which is checked on the data."""
 
     @model_validator(mode="before")
     @classmethod
     def _path_implies_file(cls, value: object) -> object:
         return {"kind": "file", **value} if isinstance(value, dict) and value.get("path") else value
-
-
-class FilterConfig(Section):
-    """Heuristics that a document must pass (after Gopher, arXiv 2112.11446, appendix A). Every removal leaves an audit row."""
-
-    min_characters: NonNegativeInt = 200
-    """Shorter documents are dropped."""
-    max_characters: PositiveInt = 10_000_000
-    """Longer documents are dropped."""
-    max_repeated_line_share: float = Field(0.6, ge=0, le=1)
-    """Largest share of characters in lines that occur more than once."""
-    min_printable_share: float = Field(0.95, ge=0, le=1)
-    """Smallest share of printable characters and white space."""
 
 
 class DeduplicationConfig(Section):
@@ -56,6 +47,13 @@ class MixtureConfig(Section):
 
     temperature: PositiveFloat = 1.0
     """Share of a source with n tokens ∝ n^(1/temperature): 1 is proportional, large is uniform."""
+    shares: dict[str, NonNegativeFloat] | None = None
+    """Shares by source in place of the temperature's, in any unit; a source that is not named gets none."""
+    max_epochs: PositiveFloat | None = None
+    """Most times that training reads a source, over all stages. What the temperature would give a source beyond it goes to the others;
+    explicit shares that need more are refused. Null: no limit."""
+    source_max_epochs: dict[str, PositiveFloat] = {}
+    """The same for single sources, by name."""
 
 
 class DataConfig(Section):
@@ -69,21 +67,44 @@ class DataConfig(Section):
     """Text to tokens."""
     filters: FilterConfig = FilterConfig()
     """What a document must satisfy."""
+    code_domains: tuple[str, ...] = ("code",)
+    """Domains whose documents are source code: rules for code hold there, and no language is identified."""
+    languages: LanguagesConfig = LanguagesConfig()
+    """Which languages stay."""
     deduplication: DeduplicationConfig = DeduplicationConfig()
     """Removal of near-duplicates."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
+    workers: PositiveInt = 1
+    """Processes that read, clean and tokenise; 1 works in the process that builds. Their number changes nothing in the dataset."""
+    memory_limit: ByteSize = Field("2GiB", validate_default=True)
+    """Memory that a build's processes take together, such as ``512MiB``. It changes nothing in the dataset; a limit too small to work in is
+    refused."""
+    on_error: Literal["quarantine", "stop"] = "quarantine"
+    """What happens to input that cannot be read: quarantine names it in the audit and goes on, stop ends the build at the first."""
     heldout_share: float = Field(0.02, gt=0, lt=0.5)
     """Share of the documents, chosen by hash, that training never sees and evaluation reads."""
 
 
 class StageConfig(Section):
-    """A stretch of training at one context length."""
+    """A stretch of training at one context length. It reads documents that the stages before it have not read in this epoch."""
 
     until_step: PositiveInt
     """First step that is no longer in this stage."""
     sequence_length: PositiveInt
-    """Tokens per sequence."""
+    """Tokens per sequence. Documents are packed whole; longer ones are cut into full sequences and a rest."""
+    global_batch_size: PositiveInt | None = None
+    """Sequences per step in this stage; null: ``batch.global_batch_size``."""
+    temperature: PositiveFloat | None = None
+    """In this stage, in place of ``data.mixture``."""
+    shares: dict[str, NonNegativeFloat] | None = None
+    """In this stage, in place of ``data.mixture``."""
+    min_document_tokens: PositiveInt = 1
+    """Shorter documents are not for this stage."""
+    max_document_tokens: PositiveInt | None = None
+    """Longer documents are not for this stage, and stay whole for later ones."""
+    replay: bool = False
+    """Whether it begins its sources anew, and so reads again what the stages before it have read."""
     rope_scaling: RopeScalingConfig | None = None
     """Stretching of rotary positions from the stage's first step on, in place of ``model.rope.scaling``; null: the model's own. Checkpoints
     and exports carry the one that their last step ran with."""

@@ -3,15 +3,19 @@
 ``python -m refractor_core.config.document`` rewrites the section between its markers in ``runbooks/specification.md``.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from refractor_core.config.loading import Document, dump
+from refractor_core.config.quality import RULES, RuleConfig
 from refractor_core.config.run import RunConfig
 from refractor_core.config.schema import describe, is_list, kind_of, sections_in
 from refractor_core.config.section import Section
+from refractor_core.config.signals import SIGNALS
 from refractor_core.config.yaml12 import Node, parse, to_yaml
 
 BEGIN = "<!-- generated from refractor_core/config by `python -m refractor_core.config.document`; do not edit by hand -->"
@@ -49,14 +53,15 @@ def summary(config: RunConfig) -> str:
     model, moe = config.model, config.model.moe
     experts = f", {moe.num_experts} experts of {moe.expert_hidden_size}, top {moe.top_k}" if moe else ", dense"
     lengths = " → ".join(str(stage.sequence_length) for stage in config.curriculum.stages)
-    rows = {
+    rows = " → ".join(str(size) for size, _ in groupby(config.rows))
+    told = {
         "run": f"{config.run.name}, {config.run.steps} steps, in {config.run.dir}",
         "model": f"{model.num_layers} layers of width {model.hidden_size}, {model.attention.kind}, {model.num_heads} heads{experts}",
-        "batch": f"{config.batch.global_batch_size} sequences a step in micro batches of {config.batch.micro_batch_size}; length {lengths}",
+        "batch": f"{rows} sequences a step in micro batches of {config.batch.micro_batch_size}; length {lengths}",
         "data": f"{len(config.data.sources)} sources, in {config.data.dir}",
         "optimizer": f"{config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g}, {config.precision.compute}",
     }
-    return "\n".join(f"{key:<10} {text}" for key, text in rows.items())
+    return "\n".join(f"{key:<10} {text}" for key, text in told.items())
 
 
 def dump_with_origins(config: RunConfig, document: Document) -> str:
@@ -99,7 +104,19 @@ def _table(path: str, cls: type[Section]) -> list[str]:
         takes = f"{kind}, below" if sections_in(field.annotation) else describe(cls, name)
         cells = (f"`{name}`", takes, _default(cls, name), " ".join((field.description or "").split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if cls is RuleConfig and path == "data.filters.rules[]":
+        lines += ["", *_rules_and_signals()]
     return [*lines, ""]
+
+
+def _rules_and_signals() -> list[str]:
+    """The rules that hold by default, and the signals that rules may name."""
+    lines = ["Rules by default:", ""]
+    for rule in RULES:
+        given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in rule.model_dump(mode="json", exclude_defaults=True).items())
+        lines.append(f"- `{{{given}}}`")
+    lines += ["", "Signals:", ""]
+    return lines + [f"- `{name}`: {text}" for name, text in SIGNALS.items()]
 
 
 def _default(cls: type[Section], name: str) -> str:
@@ -108,6 +125,8 @@ def _default(cls: type[Section], name: str) -> str:
         return "**required**"
     if isinstance(field.default, Section):
         return "its keys' defaults"
+    if isinstance(field.default, tuple) and any(isinstance(item, Section) for item in field.default):
+        return f"{len(field.default)} sections, listed below"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     shown = str(value) if isinstance(value, list) else to_yaml(value).removesuffix("\n").removesuffix("\n...")
     return f"`{shown}`"

@@ -1,11 +1,14 @@
-"""What was removed and why: one row per document, kept with the dataset."""
+"""What was removed or changed and why: one row per document and reason, kept with the dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
 
 import pyarrow
 import pyarrow.parquet
+
+from refractor_core.data.columns import TableWriter, column
 
 EXCERPT = 200
 """Characters of a removed text that its row shows."""
@@ -13,13 +16,13 @@ EXCERPT = 200
 
 @dataclass(frozen=True)
 class Removal:
-    """One removed document.
+    """One removed or changed document.
 
     Args:
         document: its id; of an unreadable file or line, the id it would have had.
         source: name of the entry in ``data.sources``.
         path: where in the source.
-        stage: ``read``, ``filter``, ``exact`` or ``near``.
+        stage: ``read``, ``filter``, ``exact``, ``near``, …, or one of ``CHANGES``, of a document that stays.
         rule: what it broke, such as ``min_characters`` or ``invalid_json``.
         value: what was measured, where the rule measures.
         threshold: what it was held against.
@@ -38,9 +41,56 @@ class Removal:
     detail: str = ""
 
 
-def write_audit(path: Path, removals: Sequence[Removal]) -> None:
-    """Writes the rows in the given order as parquet."""
-    types = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
-    schema = pyarrow.schema([(field.name, types.get(field.name, pyarrow.string())) for field in fields(Removal)])
-    columns = {field.name: [getattr(row, field.name) for row in removals] for field in fields(Removal)}
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path)
+CHANGES = ("mask", "paragraph")
+"""Stages whose rows tell of a document that was changed and stays."""
+NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
+SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
+ROWS = 8192
+"""Rows of a row group."""
+HELD = 512
+"""Rows held as Python objects."""
+
+
+class AuditWriter:
+    """Writes rows as parquet; the file is whole when the ``with`` ends."""
+
+    def __init__(self, path: Path):
+        self._writer = TableWriter(path, SCHEMA, ROWS)
+        self._rows: list[Removal] = []
+
+    def add(self, removal: Removal) -> None:
+        """Appends one row."""
+        self._rows.append(removal)
+        if len(self._rows) == HELD:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrays = [column([getattr(row, field.name) for row in self._rows], field.type) for field in SCHEMA]
+        self._writer.add(pyarrow.Table.from_arrays(arrays, schema=SCHEMA))
+        self._rows = []
+
+    def __enter__(self) -> "AuditWriter":
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._rows:
+            self._flush()
+        self._writer.__exit__(kind, error, trace)
+
+
+def join_audits(path: Path, pieces: Iterable[Path]) -> None:
+    """Writes the rows of all pieces, one after another."""
+    with TableWriter(path, SCHEMA, ROWS) as writer:
+        for piece in pieces:
+            with pyarrow.parquet.ParquetFile(piece) as table:
+                for batch in table.iter_batches(ROWS, use_threads=False):
+                    writer.add(pyarrow.Table.from_batches([batch]))
+
+
+def read_audit(path: Path) -> Iterator[Removal]:
+    """The rows of a file, one row group in memory at a time."""
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(ROWS, use_threads=False):
+            for row in batch.to_pylist():
+                yield Removal(**row)

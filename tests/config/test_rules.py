@@ -88,6 +88,43 @@ CASES = [
     ("deepspeed_fits", [DEEPSPEED, "parallel.deepspeed={stage: 2, offload: cpu}"], "parallel.deepspeed", [DEEPSPEED, FP32], None),
     ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),
     ("batch_division", [], "batch.global_batch_size", [], (3, 4)),
+    (
+        "batch_division",
+        ["curriculum.stages.1.global_batch_size=9"],
+        "curriculum.stages.1.global_batch_size",
+        ["curriculum.stages.1.global_batch_size=10"],
+        None,
+    ),
+    ("mixture_names", ["data.mixture.shares={cod: 1}"], "data.mixture.shares.cod", ["data.mixture.shares={code: 1}"], None),
+    ("mixture_names", ["data.mixture.shares={code: 0}"], "data.mixture.shares", ["data.mixture.shares={code: 0, books: 1}"], None),
+    (
+        "mixture_names",
+        ["curriculum.stages.1.shares={b: 1}"],
+        "curriculum.stages.1.shares.b",
+        ["curriculum.stages.1.shares={books: 1}"],
+        None,
+    ),
+    (
+        "mixture_names",
+        ["data.mixture.source_max_epochs={b: 1}"],
+        "data.mixture.source_max_epochs.b",
+        ["data.mixture.source_max_epochs={books: 1}"],
+        None,
+    ),
+    (
+        "stages_take_documents",
+        ["curriculum.stages.0={min_document_tokens: 5, max_document_tokens: 4}"],
+        "curriculum.stages.0.max_document_tokens",
+        ["curriculum.stages.0={min_document_tokens: 5, max_document_tokens: 5}"],
+        None,
+    ),
+    (
+        "stages_take_documents",
+        ["curriculum.stages.0={temperature: 2, shares: {code: 1}}"],
+        "curriculum.stages.0.temperature",
+        ["curriculum.stages.0.temperature=2"],
+        None,
+    ),
     ("batch_division", ["parallel.data_shard=3"], "batch.global_batch_size", ["parallel.data_shard=4"], None),
     ("batch_division", ["parallel.data_replicate=3"], "batch.global_batch_size", ["parallel.data_replicate=2"], None),
     ("source_names", ["data.sources.1.name=code"], "data.sources.1.name", ["data.sources.1.name=other"], None),
@@ -98,7 +135,17 @@ CASES = [
     ("warmup_fits", ["schedule.warmup_steps=30"], "schedule.warmup_steps", ["schedule.warmup_steps=29"], None),
     ("vocabulary", ["model.vocab_size=256"], "model.vocab_size", ["model.vocab_size=257"], None),
     ("vocabulary", ["model.vocab_size=256"], "model.vocab_size", ["model.vocab_size=256", "data.tokenizer.path=t.json"], None),
-    ("document_lengths", ["data.filters.max_characters=199"], "data.filters.min_characters", ["data.filters.max_characters=200"], None),
+    *(
+        (
+            "filter_rules",
+            [f"data.filters.{name}=[{{signal: words, {bad}}}]"],
+            f"data.filters.{name}.0.min",
+            [f"data.filters.{name}=[{{signal: words, {good}}}]"],
+            None,
+        )
+        for name in ("rules", "extra_rules")
+        for bad, good in (("kind: prose", "kind: prose, max: 1"), ("min: 3, max: 2", "min: 2, max: 2"))
+    ),
     *(
         ("bands", [f"objectives.{name}.band=[1, 1]"], f"objectives.{name}.band", [f"objectives.{name}.band=[1, 1.1]"], None)
         for name in ("load_balance", "z_loss", "regret")

@@ -13,6 +13,7 @@ With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors in Triton's interpret
 """
 
 import refractor_kernels.attention
+import refractor_kernels.cross_entropy
 import refractor_kernels.experts
 import refractor_kernels.norm
 import refractor_kernels.rotary
@@ -23,13 +24,14 @@ from refractor_kernels.gpu.backend import HINDRANCE
 
 _NAMES = (
     *("attention", "attention_with_lse", "span_attention", "span_attention_backward"),
+    *("linear_cross_entropy", "linear_cross_entropy_partials"),
     *("experts", "rms_norm", "rms_norm_residual", "rotary", "swiglu"),
 )
 
 if HINDRANCE is None:
-    from refractor_kernels.gpu import attention, experts, norm, rotary, swiglu
+    from refractor_kernels.gpu import attention, cross_entropy, experts, norm, rotary, swiglu
 
-    for _module in (attention, experts, norm, rotary, swiglu):
+    for _module in (attention, cross_entropy, experts, norm, rotary, swiglu):
         for _name, (_run, _refuse) in _module.OPS.items():
             Op.registry[_name].register("triton", _run, _refuse)
 else:
