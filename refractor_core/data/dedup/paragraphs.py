@@ -98,5 +98,3 @@ def without(text: bytes, loses: dict[int, int], config: ParagraphConfig) -> Shor
     left = [paragraph + gap for paragraph, gap, hash in zip(paragraphs, gaps, hashes) if hash not in loses]
     place = next(place for place, hash in enumerate(hashes) if hash in loses)
     return Shortened(b"".join(left).rstrip() if hashes[-1] in loses else b"".join(left), paragraphs[place], loses[hashes[place]])
-
-
