@@ -44,11 +44,11 @@ def refuse_vanishing(
         if share > config.alarm_share and share >= TIMES_OTHERS * others:
             own = sources[removed] == index
             lines += [
-                f"source {name!r}: {lost[index]} of {total[index]} documents ({share:.1%}) are duplicates, against {others:.1%} in the other "
-                f"sources; data.deduplication.alarm_share is {config.alarm_share:.1%}. Largest clusters:",
+                f"source {name!r}: {lost[index]} of {total[index]} documents ({share:.1%}) are duplicates, "
+                f"against {others:.1%} in the other sources; data.deduplication.alarm_share = {config.alarm_share}. Largest clusters:",
                 *_clusters(removed[own], kept[own], describe),
-                f"  if this is as it should be, add {name!r} to data.deduplication.alarm_except or raise alarm_share; else mend the source, or "
-                f"raise data.deduplication.threshold",
+                f"  if this is as it should be, add {name!r} to data.deduplication.alarm_except or raise alarm_share; "
+                f"else mend the source, or raise data.deduplication.threshold",
             ]
     if lines:
         raise ValueError("\n".join(lines))
