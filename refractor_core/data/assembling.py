@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.ipc
 
 from refractor_core.config.sources import SourceConfig
-from refractor_core.data.columns import TableWriter, column
+from refractor_core.data.columns import TableWriter, column, taken
 from refractor_core.data.dataset import DOCUMENTS
 from refractor_core.data.manifest import SplitEntry
 from refractor_core.data.split import SPLITS
@@ -85,7 +85,7 @@ class Assembler:
             for stretches in self._ranges(pieces, split):
                 keys = np.concatenate([stretch.keys for stretch in stretches])
                 order = np.lexsort((keys["low"], keys["high"]))
-                rows = pyarrow.concat_tables([_rows(stretch) for stretch in stretches]).take(order)
+                rows = taken(pyarrow.concat_tables([_rows(stretch) for stretch in stretches]), order)
                 _refuse_twins(keys[order], rows)
                 found = self._tokens(stretches, keys, order)
                 writer.extend(found, keys["tokens"][order])

@@ -66,7 +66,7 @@ class AuditWriter:
 
     def _flush(self) -> None:
         arrays = [column([getattr(row, field.name) for row in self._rows], field.type) for field in SCHEMA]
-        self._writer.add(pyarrow.table(arrays, schema=SCHEMA))
+        self._writer.add(pyarrow.Table.from_arrays(arrays, schema=SCHEMA))
         self._rows = []
 
     def __enter__(self) -> "AuditWriter":

@@ -1,6 +1,6 @@
 """Documents to dataset: the whole build, whole or not at all, going on where it was interrupted.
 
-Stages: list the files and cut them into parts; read parts (``reading``); clean the corpus (``cleaning.STAGES``); split and train the
+Stages: list the files and cut them into parts; read parts (``reading``); clean the corpus (``stages.STAGES``); split and train the
 tokenizer; tokenise segments (``tokenising``); assemble stores and tables (``assembling``). Everything between lies in the work folder
 (``work``).
 """
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from refractor_core.config.run import RunConfig
-from refractor_core.data import cleaning as cleaning_stages
 from refractor_core.data.assembling import Assembler
 from refractor_core.data.audit import join_audits
+from refractor_core.data.cleaning import AUDIT as STAGE_AUDIT
 from refractor_core.data.cleaning import Cleaning
 from refractor_core.data.corpus import Corpus
 from refractor_core.data.dataset import AUDIT, TOKENIZER, UNIGRAM, Dataset
@@ -46,6 +46,7 @@ from refractor_core.data.pool import Pool, Watch
 from refractor_core.data.progress import stage_bar
 from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
+from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample
 from refractor_core.data.tokenizer import TextTokenizer, make_tokenizer
@@ -162,17 +163,18 @@ class _Build:
         """Everything, from files to a dataset at ``target``."""
         self._read_parts()
         corpus, pieces = self._corpus()
-        cleaning = Cleaning(self._config.data, corpus, np.ones(len(corpus), bool), pieces, self._pool, self._memory)
-        audits = [piece / cleaning_stages.AUDIT for piece in pieces]
+        kept, folder = np.ones(len(corpus), bool), self._work.folder / self._stage
+        cleaning = Cleaning(self._config.data, corpus, kept, self._pool, self._memory, folder)
+        audits = [piece / STAGE_AUDIT for piece in pieces]
         stages = [StageEntry(name="read", version=CODE_VERSION)]
-        for stage in cleaning_stages.STAGES:
+        for stage in STAGES:
             if stage.wanted(self._config.data):
                 piece = self._work.piece(self._stage, stage.name)
                 if not piece.exists():
                     with finished(piece) as folder:
                         stage.run(cleaning, folder)
                 cleaning.take(stage.name, piece)
-                audits.append(piece / cleaning_stages.AUDIT)
+                audits.append(piece / STAGE_AUDIT)
                 stages.append(StageEntry(name=stage.name, version=stage.version, facts=cleaning.facts[stage.name]))
         audits = [path for path in audits if path.exists()]
         funnel = Funnel.of(self._config.data, corpus, audits)
@@ -241,24 +243,19 @@ class _Build:
         corpus, data = cleaning.corpus, self._config.data
         tasks, total = [], 0
         for segment in [segment for segment in range(len(corpus.paths)) if not self._tokens(segment).exists()]:
-            first, last = corpus.starts[segment : segment + 2].tolist()
-            total += int(corpus.reader(segment).sizes()[cleaning.kept[first:last]].sum())
-            tasks.append(
-                TokeniseTask(
-                    piece=self._tokens(segment),
-                    segment=corpus.paths[segment],
-                    first=first,
-                    kept=cleaning.kept[first:last],
-                    changes=cleaning.changed,
-                    signals=cleaning.signals,
-                    tokenizer=tokenizer,
-                    eos_token=data.tokenizer.eos_token,
-                    backend=data.tokenizer.backend,
-                    vocab_size=self._config.model.vocab_size,
-                    heldout_share=data.heldout_share,
-                    given_up=lost,
-                )
+            task = TokeniseTask(
+                piece=self._tokens(segment),
+                segment=cleaning.segment(segment),
+                signals=cleaning.signals,
+                tokenizer=tokenizer,
+                eos_token=data.tokenizer.eos_token,
+                backend=data.tokenizer.backend,
+                vocab_size=self._config.model.vocab_size,
+                heldout_share=data.heldout_share,
+                given_up=lost,
             )
+            total += task.segment.size()
+            tasks.append(task)
         with stage_bar("tokenise", total, "B", self._memory) as advance:
             self._pool.map(tokenise, tasks, advance)
 

@@ -50,6 +50,11 @@ def values(array: pyarrow.Array) -> np.ndarray:
     return np.frombuffer(array.buffers()[1], kind, len(array)) if len(array) else np.zeros(0, kind)
 
 
+def taken(table: pyarrow.Table, rows: np.ndarray) -> pyarrow.Table:
+    """The rows of a table, int64 [n], in this order."""
+    return table.take(column(rows, pyarrow.int64()))
+
+
 class TableWriter:
     """Writes rows to parquet in groups of a fixed size, however they arrive; the file is whole when the ``with`` ends.
 
@@ -60,7 +65,7 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: pyarrow.Schema, rows: int):
         self._writer, self._rows = pyarrow.parquet.ParquetWriter(path, schema), rows
-        self._held = schema.empty_table()
+        self._held = pyarrow.Table.from_batches([], schema)
 
     def add(self, table: pyarrow.Table) -> None:
         """Appends rows."""

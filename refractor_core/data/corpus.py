@@ -4,7 +4,9 @@ A document's *number* is its position over all segments in order: segments lie i
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -51,16 +53,68 @@ class ChangesWriter:
 
 
 class Changes:
-    """Texts that replace those of documents; what ``ChangesWriter`` wrote."""
+    """Texts that replace those of documents.
 
-    def __init__(self, path: Path):
-        self._reader = PartReader(path)
-        self.numbers = self._reader.column("number").astype(np.int64)
+    Args:
+        paths: what ``ChangesWriter`` wrote, numbers ascending over all files.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = tuple(paths)
+        readers = [PartReader(path) for path in paths]
+        self._numbers = np.concatenate([np.zeros(0, np.int64), *(reader.column("number").astype(np.int64) for reader in readers)])
+        self._starts = np.cumsum([0, *map(len, readers)])
 
     def text(self, number: int) -> bytes | None:
         """The new text of a document, ``None`` for one that has not changed."""
-        row = int(np.searchsorted(self.numbers, number))
-        return self._reader.text(row) if row < len(self.numbers) and self.numbers[row] == number else None
+        row = int(np.searchsorted(self._numbers, number))
+        if row == len(self._numbers) or self._numbers[row] != number:
+            return None
+        file = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return PartReader(self.paths[file]).text(row - int(self._starts[file]))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment and what has become of its documents; plain enough to be sent to other processes.
+
+    Args:
+        path: its file.
+        source: index into ``data.sources``.
+        first: number of its first document.
+        kept: bool [rows], who is still in.
+        changes: (stage, files of changed texts of the whole corpus), the latest stage last.
+    """
+
+    path: Path
+    source: int
+    first: int
+    kept: np.ndarray
+    changes: tuple[tuple[str, tuple[Path, ...]], ...] = ()
+
+    @cached_property
+    def reader(self) -> PartReader:
+        """Its documents as they were read."""
+        return PartReader(self.path)
+
+    @cached_property
+    def _changes(self) -> list[tuple[str, Changes]]:
+        return [(stage, Changes(paths)) for stage, paths in self.changes]
+
+    def size(self) -> int:
+        """Bytes of the texts of the documents that are kept, as they were read."""
+        return int(PartReader(self.path).sizes()[self.kept].sum())
+
+    def text(self, row: int) -> tuple[bytes, list[str]]:
+        """The text of a row in UTF-8 as it is now, and the stages that changed it."""
+        number = self.first + row
+        found = [(stage, text) for stage, changes in self._changes if (text := changes.text(number)) is not None]
+        return (found[-1][1] if found else self.reader.text(row)), [stage for stage, _ in found]
+
+    def texts(self, everything: bool = False) -> Iterator[tuple[int, bytes]]:
+        """(number, text as it is now in UTF-8) of every document that is kept; with ``everything``, of the others too."""
+        for row in range(len(self.reader)) if everything else np.flatnonzero(self.kept).tolist():
+            yield self.first + row, self.text(row)[0]
 
 
 class Corpus:
@@ -73,12 +127,12 @@ class Corpus:
     Attributes:
         starts: int64 [segments + 1], the number of each segment's first document, and how many there are in all.
         sources: int64 [segments].
-        changes: texts that stages have replaced, the latest stage last.
+        changes: by stage, texts that it has replaced; the latest stage last.
     """
 
     def __init__(self, paths: Sequence[Path], sources: Sequence[int]):
         self.paths, self.sources = tuple(paths), np.array(sources, np.int64)
-        self.changes: list[Changes] = []
+        self.changes: dict[str, Changes] = {}
         self._readers: OrderedDict[int, PartReader] = OrderedDict()
         self.starts = np.zeros(len(paths) + 1, np.int64)
         for number in range(len(paths)):
@@ -103,7 +157,7 @@ class Corpus:
 
     def text(self, number: int) -> bytes:
         """UTF-8 of a document, as it is now."""
-        for changes in reversed(self.changes):
+        for changes in reversed(self.changes.values()):
             if (text := changes.text(number)) is not None:
                 return text
         segment, row = self.locate(number)

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
-from refractor_core.data.columns import column
-from refractor_core.data.corpus import Changes, Corpus
+from refractor_core.data.columns import column, taken
+from refractor_core.data.corpus import Corpus, Segment
 from refractor_core.data.encoder import Encoder
 from refractor_core.data.manifest import hash_file
 from refractor_core.data.parts import PartReader
@@ -51,9 +51,6 @@ class TokeniseTask:
     Args:
         piece: where the result goes.
         segment: the documents.
-        first: number of the segment's first document.
-        kept: bool [rows].
-        changes: files of changed texts by stage, in the order of the stages.
         signals: float32 [documents of the corpus] files, by name.
         tokenizer: ``tokenizer.json``.
         eos_token: of the tokenizer.
@@ -63,10 +60,7 @@ class TokeniseTask:
     """
 
     piece: Path
-    segment: Path
-    first: int
-    kept: np.ndarray
-    changes: Mapping[str, Sequence[Path]]
+    segment: Segment
     signals: Mapping[str, Path]
     tokenizer: Path
     eos_token: str
@@ -78,18 +72,17 @@ class TokeniseTask:
 
 def tokenise(task: TokeniseTask, watch: Watch) -> None:
     """Makes the piece of a segment."""
-    watch.begin(str(task.segment))
+    watch.begin(str(task.segment.path))
     encoder = _encoder(task.tokenizer, hash_file(task.tokenizer), task.eos_token, task.backend)
-    reader = PartReader(task.segment)
-    rows = np.flatnonzero(task.kept)
-    table = _provenance(reader).take(rows)
+    rows = np.flatnonzero(task.segment.kept)
+    table = taken(_provenance(task.segment.reader), rows)
     keys = np.zeros(len(rows), KEYS)
     keys["high"], keys["low"] = order_keys(table["id"].to_pylist()).T
     paths = table["path"].to_pylist()
     keys["split"] = [path in task.given_up or chosen(path, task.heldout_share) for path in paths]
     order = np.lexsort((keys["low"], keys["high"], keys["split"]))
-    keys, table, rows = keys[order], table.take(order), rows[order]
-    texts = _Texts(task, reader)
+    keys, table, rows = keys[order], taken(table, order), rows[order]
+    texts = _Texts(task.segment)
     with finished(task.piece) as folder:
         with (folder / "tokens.bin").open("wb") as stream:
             for begin, chunk in texts.chunks(rows):
@@ -111,15 +104,14 @@ def _encoder(path: Path, sha256: str, eos_token: str, backend: str) -> Encoder:
 
 
 class _Texts:
-    """The texts of a segment as they are now, with what becomes known of each on the way.
+    """The texts of a segment, with what becomes known of each on the way.
 
     Attributes:
         bytes, sha256, changed: of every text given out so far: its size, its SHA-256 in hexadecimal digits, the stages that changed it.
     """
 
-    def __init__(self, task: TokeniseTask, reader: PartReader):
-        self._first, self._reader = task.first, reader
-        self._changes = [(stage, Changes(path)) for stage, paths in task.changes.items() for path in paths]
+    def __init__(self, segment: Segment):
+        self._segment = segment
         self.bytes: list[int] = []
         self.sha256: list[str] = []
         self.changed: list[str] = []
@@ -129,7 +121,10 @@ class _Texts:
         chunk: list[bytes] = []
         size = begin = 0
         for place, row in enumerate(rows.tolist()):
-            text = self._text(row)
+            text, stages = self._segment.text(row)
+            self.bytes.append(len(text))
+            self.sha256.append(hashlib.sha256(text).hexdigest())
+            self.changed.append(",".join(stages))
             if chunk and size + len(text) > CHUNK_BYTES:
                 yield begin, chunk
                 chunk, size, begin = [], 0, place
@@ -137,14 +132,6 @@ class _Texts:
             size += len(text)
         if chunk:
             yield begin, chunk
-
-    def _text(self, row: int) -> bytes:
-        found = [(stage, text) for stage, changes in self._changes if (text := changes.text(self._first + row)) is not None]
-        text = found[-1][1] if found else self._reader.text(row)
-        self.bytes.append(len(text))
-        self.sha256.append(hashlib.sha256(text).hexdigest())
-        self.changed.append(",".join(stage for stage, _ in found))
-        return text
 
 
 def _provenance(reader: PartReader) -> pyarrow.Table:
@@ -160,7 +147,7 @@ def _write_rows(path: Path, task: TokeniseTask, table: pyarrow.Table, keys: np.n
     table = table.append_column("tokens", column(keys["tokens"], pyarrow.int64()))
     table = table.append_column("bytes", column(keys["bytes"], pyarrow.int64()))
     for name, file in task.signals.items():
-        values = np.load(file, mmap_mode="r")[task.first + rows]
+        values = np.load(file, mmap_mode="r")[task.segment.first + rows]
         table = table.append_column(name, column(values, pyarrow.float32()))
     with pyarrow.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)

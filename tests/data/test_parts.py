@@ -68,7 +68,7 @@ def test_a_corpus_numbers_documents_over_all_segments(tmp_path: Path, monkeypatc
     with ChangesWriter(tmp_path / "changes") as writer:
         writer.add(3, b"")
         writer.add(45, b"new")
-    corpus.changes.append(Changes(tmp_path / "changes"))
+    corpus.changes["stage"] = Changes([tmp_path / "changes"])
     assert corpus.text(3) == b"" and corpus.text(45) == b"new" and corpus.text(44) == flat[44].encoded
 
 

@@ -54,6 +54,9 @@ def test_a_process_that_builds_imports_neither_torch_nor_pandas(tmp_path: Path) 
         "from pathlib import Path\n"
         "from tests.data.test_reading import test_documents_stay_in_order_and_the_rest_is_told as run\n"
         "run(Path(sys.argv[1]))\n"
+        "from refractor_core.data import build\n"
+        "from tests.data.corpora import run_config, write_corpus\n"
+        "build(run_config(sys.argv[1] + '/set', write_corpus(Path(sys.argv[1]) / 'corpus')))\n"
         "print({'torch', 'pandas'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)

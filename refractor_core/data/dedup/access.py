@@ -5,22 +5,19 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from refractor_core.data.audit import EXCERPT
+from refractor_core.data.cleaning import Cleaning
 from refractor_core.data.corpus import Changes, Corpus
 from refractor_core.data.dedup.clusters import ranks
 from refractor_core.data.parts import COLUMNS, PartReader
 from refractor_core.data.pool import Pool, Watch
 
-if TYPE_CHECKING:
-    from refractor_core.data.cleaning import Cleaning
-
 AHEAD = 4
 """Tasks for each worker that are made before the first is done."""
-EXCERPT_BYTES = 4 * EXCERPT
 
 
 @lru_cache(64)
@@ -35,16 +32,16 @@ class Texts:
     Args:
         paths: the corpus's segments.
         starts: number of the first document of each, and how many there are in all.
-        changed: files of changed texts, the latest last.
+        changed: files of changed texts of each stage that changed any, the latest last.
     """
 
     paths: tuple[Path, ...]
     starts: np.ndarray
-    changed: tuple[Path, ...]
+    changed: tuple[tuple[Path, ...], ...]
 
     @cached_property
     def _changes(self) -> list[Changes]:
-        return [Changes(path) for path in reversed(self.changed)]
+        return [Changes(paths) for paths in reversed(self.changed)]
 
     def __call__(self, number: int) -> bytes:
         for changes in self._changes:
@@ -58,13 +55,13 @@ class Texts:
 
     def beginning(self, number: int) -> str:
         """The first characters of a text, for the reader of an audit row."""
-        return self(number)[:EXCERPT_BYTES].decode(errors="ignore")[:EXCERPT]
+        return self(number)[: 4 * EXCERPT].decode(errors="ignore")[:EXCERPT]
 
 
-def texts_of(cleaning: "Cleaning") -> Texts:
+def texts_of(cleaning: Cleaning) -> Texts:
     """The texts of a build's corpus."""
-    changed = tuple(path for paths in cleaning.changed.values() for path in paths)
-    return Texts(cleaning.corpus.paths, cleaning.corpus.starts, changed)
+    corpus = cleaning.corpus
+    return Texts(corpus.paths, corpus.starts, tuple(tuple(changes.paths) for changes in corpus.changes.values()))
 
 
 def waves(pool: Pool, function: Callable[[Any, Watch], Any], tasks: Iterable[Any], advance: Callable[[int], object]) -> Iterator[Any]:
@@ -88,7 +85,7 @@ def sources_of(corpus: Corpus) -> np.ndarray:
     return np.repeat(corpus.sources, np.diff(corpus.starts))
 
 
-def ranks_of(cleaning: "Cleaning", ids: np.ndarray) -> np.ndarray:
+def ranks_of(cleaning: Cleaning, ids: np.ndarray) -> np.ndarray:
     """By source, quality, id.
 
     Raises:
@@ -104,7 +101,7 @@ def ranks_of(cleaning: "Cleaning", ids: np.ndarray) -> np.ndarray:
     return ranks(sources_of(corpus), ids, corpus.column(signal))
 
 
-def named(cleaning: "Cleaning", numbers: np.ndarray) -> Iterator[tuple[int, str, str]]:
+def named(cleaning: Cleaning, numbers: np.ndarray) -> Iterator[tuple[int, str, str]]:
     """(number, source, path) of ascending numbers, a segment's columns in memory at a time."""
     corpus = cleaning.corpus
     bounds = np.searchsorted(numbers, corpus.starts).tolist()

@@ -55,24 +55,24 @@ def paragraph_hashes(paragraphs: list[bytes], least: int) -> np.ndarray:
 
 
 def hashes_of_documents(documents: Iterable[tuple[int, bytes]], least: int) -> np.ndarray:
-    """uint64 [2, n]: hash of a paragraph and rank of its document, each pair once.
+    """uint64 [2, n]: hash of a paragraph and number of its document, each pair once.
 
     Args:
-        documents: rank and UTF-8 of each.
+        documents: number and UTF-8 of each.
     """
     found = [np.zeros((2, 0), np.uint64)]
-    for rank, text in documents:
+    for number, text in documents:
         hashes = np.unique(paragraph_hashes(split_paragraphs(text)[0], least))
         hashes = hashes[hashes != 0]
-        found.append(np.stack([hashes, np.full(len(hashes), rank, np.uint64)]))
+        found.append(np.stack([hashes, np.full(len(hashes), number, np.uint64)]))
     return np.concatenate(found, axis=1)
 
 
-def repeated(records: Iterable[np.ndarray], least_documents: int, folder: Path, memory: int) -> Iterator[np.ndarray]:
+def repeated(records: Iterable[tuple[np.ndarray, np.ndarray]], least_documents: int, folder: Path, memory: int) -> Iterator[np.ndarray]:
     """Who loses what: uint64 [3, n] blocks of rank of the document, hash of the paragraph, rank of the document that keeps it.
 
     Args:
-        records: what ``hashes_of_documents`` found.
+        records: hashes and ranks of their documents, two uint64 [n] at a time.
         least_documents: how many documents must have a paragraph.
         folder: for sorted runs.
         memory: bytes that this may take.

@@ -1,26 +1,23 @@
 """The stage of a build that takes repeated paragraphs out of all documents but one, and drops documents of which too little is left."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from refractor_core.config.data import DataConfig, ParagraphConfig
 from refractor_core.data.audit import EXCERPT, AuditWriter, Removal
-from refractor_core.data.corpus import ChangesWriter
+from refractor_core.data.cleaning import AUDIT, REMOVED, Cleaning
+from refractor_core.data.corpus import ChangesWriter, Segment
 from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, texts_of, waves
 from refractor_core.data.dedup.paragraphs import hashes_of_documents, repeated, without
 from refractor_core.data.dedup.records import RecordSorter, whole_groups
 from refractor_core.data.pool import Watch
 from refractor_core.data.progress import stage_bar
 
-if TYPE_CHECKING:
-    from refractor_core.data.cleaning import Cleaning
-
-AUDIT, REMOVED, STAGE = "audit.parquet", "removed.npy", "paragraphs"
+STAGE, FOUND, REPEATED = "paragraphs", "paragraphs.npy", "repeated"
 RECORD = np.dtype([("hash", "<u8"), ("keeper", "<u8")])
 """A paragraph that repeats, and the number of the document that keeps it."""
 
@@ -35,18 +32,16 @@ def _sources(config: DataConfig) -> list[int]:
     return [index for index, source in enumerate(config.sources) if source.domain not in skipped and source.name not in skipped]
 
 
-@dataclass(frozen=True)
-class _FindTask:
-    numbers: np.ndarray
-    ranks: np.ndarray
-    texts: Texts
-    min_bytes: int
+def _find(segment: Segment, config: DataConfig, folder: Path, watch: Watch) -> None:
+    """``paragraphs.npy``: uint64 [2, n], hash of a paragraph and number of its document."""
 
+    def told() -> Iterator[tuple[int, bytes]]:
+        for number, text in segment.texts():
+            yield number, text
+            watch.advance(len(text))
 
-def _find(task: _FindTask, watch: Watch) -> np.ndarray:
-    watch.advance(len(task.numbers))
-    documents = ((rank, task.texts(number)) for rank, number in zip(task.ranks.tolist(), task.numbers.tolist()))
-    return hashes_of_documents(documents, task.min_bytes)
+    documents = told() if segment.source in _sources(config) else ()
+    np.save(folder / FOUND, hashes_of_documents(documents, config.deduplication.paragraphs.min_bytes))
 
 
 @dataclass(frozen=True)
@@ -89,16 +84,15 @@ def _shorten(task: _ShortenTask, watch: Watch) -> list[_Change]:
     return changes
 
 
-def remove_paragraphs(cleaning: "Cleaning", folder: Path) -> None:
+def remove_paragraphs(cleaning: Cleaning, folder: Path) -> None:
     """Leaves changed texts, audit rows of the documents that changed, and the numbers of those of which too little is left."""
     config, texts, scratch = cleaning.config.deduplication.paragraphs, texts_of(cleaning), folder / "scratch"
     ids = ids_of(cleaning.corpus)
     rank = ranks_of(cleaning, ids)
-    with stage_bar("paragraphs", int(cleaning.kept.sum()), "doc", cleaning.memory) as advance:
-        found = waves(cleaning.pool, _find, _find_tasks(cleaning, rank, texts), advance)
-        losers = _losers(found, np.argsort(rank), config, scratch, cleaning.memory.room() // 4)
+    pieces = cleaning.map("paragraph-hashes", _find)
+    losers = _losers(pieces, rank, config, scratch, cleaning.memory.room() // 4)
     with stage_bar("shorten", None, "doc", cleaning.memory) as advance:
-        tasks = _shorten_tasks(cleaning, losers, np.memmap(scratch / "repeated", RECORD, "r") if _any(scratch) else None, texts, folder)
+        tasks = _shorten_tasks(cleaning, losers, scratch / REPEATED, texts, folder)
         changes = [change for part in waves(cleaning.pool, _shorten, tasks, advance) for change in part]
     rmtree(scratch, ignore_errors=True)
     gone = [change.number for change in changes if change.characters < config.min_characters_left]
@@ -113,27 +107,12 @@ def remove_paragraphs(cleaning: "Cleaning", folder: Path) -> None:
                 audit.add(Removal(id, name, path, STAGE, "min_characters_left", change.characters, least, twin, texts.beginning(number)))
 
 
-def _any(scratch: Path) -> bool:
-    return (scratch / "repeated").stat().st_size > 0
-
-
-def _find_tasks(cleaning: "Cleaning", rank: np.ndarray, texts: Texts) -> Iterator[_FindTask]:
-    corpus, wanted = cleaning.corpus, _sources(cleaning.config)
-    for segment, source in enumerate(corpus.sources.tolist()):
-        first, last = corpus.starts[segment : segment + 2].tolist()
-        numbers = first + np.flatnonzero(cleaning.kept[first:last])
-        if source in wanted and len(numbers):
-            yield _FindTask(numbers, rank[numbers], texts, cleaning.config.deduplication.paragraphs.min_bytes)
-
-
-def _losers(found: Iterable[np.ndarray], order: np.ndarray, config: ParagraphConfig, scratch: Path, memory: int) -> RecordSorter:
-    """Records (number of a document, place in the file ``repeated`` of a paragraph that it loses).
-
-    Args:
-        order: int64 [documents], numbers by rank.
-    """
+def _losers(pieces: Sequence[Path], rank: np.ndarray, config: ParagraphConfig, scratch: Path, memory: int) -> RecordSorter:
+    """Records (number of a document, place in the file ``REPEATED`` of a paragraph that it loses)."""
+    found = ((hashes, rank[numbers.astype(np.int64)].astype(np.uint64)) for hashes, numbers in (np.load(piece / FOUND) for piece in pieces))
+    order = np.argsort(rank)
     losers, count = RecordSorter(scratch / "losers", memory), 0
-    with (scratch / "repeated").open("wb") as stream:
+    with (scratch / REPEATED).open("wb") as stream:
         for ranks, hashes, keepers in repeated(found, config.min_documents, scratch, memory):
             new = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
             records = np.empty(int(new.sum()), RECORD)
@@ -144,9 +123,7 @@ def _losers(found: Iterable[np.ndarray], order: np.ndarray, config: ParagraphCon
     return losers
 
 
-def _shorten_tasks(
-    cleaning: "Cleaning", losers: RecordSorter, paragraphs: np.ndarray | None, texts: Texts, folder: Path
-) -> Iterator[_ShortenTask]:
+def _shorten_tasks(cleaning: Cleaning, losers: RecordSorter, repeated: Path, texts: Texts, folder: Path) -> Iterator[_ShortenTask]:
     """One for each segment in which documents lose something."""
     starts, config, waiting = cleaning.corpus.starts, cleaning.config.deduplication.paragraphs, list[np.ndarray]()
     segment = 0
@@ -154,7 +131,7 @@ def _shorten_tasks(
     def task() -> Iterator[_ShortenTask]:
         if waiting:
             numbers, places = np.concatenate(waiting, axis=1).astype(np.int64)
-            yield _ShortenTask(segment, numbers, np.array(paragraphs[places]), texts, config, folder)
+            yield _ShortenTask(segment, numbers, np.array(np.memmap(repeated, RECORD, "r")[places]), texts, config, folder)
 
     for block in whole_groups(losers.sorted()):
         while block.shape[1]:

@@ -46,9 +46,9 @@ def test_what_alarms_nobody(lost, total, settings):
 def test_a_build_stops_and_goes_on_when_it_is_told_to(tmp_path: Path) -> None:
     texts = [words(number, 60) for number in range(40)]
     write_jsonl(tmp_path / "books.jsonl", texts)
-    write_jsonl(tmp_path / "mirror.jsonl", [f"{text} end" for text in texts[:30]] + [words(900, 60)])
+    write_jsonl(tmp_path / "mirror.jsonl", [f"{text} end" for text in texts[:30]] + [words(900 + number, 60) for number in range(10)])
     sources = [{"name": name, "kind": "jsonl", "path": f"{tmp_path}/{name}.jsonl"} for name in ("books", "mirror")]
-    with pytest.raises(ValueError, match="source 'mirror': 30 of 31 documents") as told:
+    with pytest.raises(ValueError, match="source 'mirror': 30 of 40 documents") as told:
         build(run_config(tmp_path / "dataset", sources))
     assert "books.jsonl:1 (books)" in str(told.value) and not (tmp_path / "dataset").exists()
     dataset = build(run_config(tmp_path / "dataset", sources, data__deduplication={"alarm_except": ["mirror"]}))

@@ -42,7 +42,9 @@ def test_who_loses_what_is_what_a_dictionary_says(documents, least, memory):
     hashes = {number: int(paragraph_hashes([f"paragraph {number}".encode()], 1)[0]) for number in range(7)}
     expected = {(rank, hashes[n], own[0]) for n, own in owners.items() if len(own) >= least for rank in own[1:]}
     with TemporaryDirectory() as folder:
-        blocks = list(repeated([hashes_of_documents(texts[::2], 1), hashes_of_documents(texts[1::2], 1)], least, Path(folder), memory))
+        blocks = list(
+            repeated([tuple(hashes_of_documents(texts[::2], 1)), tuple(hashes_of_documents(texts[1::2], 1))], least, Path(folder), memory)
+        )
     assert sorted(map(tuple, np.concatenate([np.zeros((3, 0), np.uint64), *blocks], axis=1).T.tolist())) == sorted(expected)
 
 
@@ -111,6 +113,6 @@ def test_tasks_are_cut_where_segments_end(tmp_path: Path) -> None:
     corpus.starts = np.array([0, 4, 8, 12])
     config = boilerplate_config(tmp_path)
     cleaning = type("Cleaning", (), {"corpus": corpus, "config": config.data})()
-    paragraphs = np.zeros(3, paragraphs_stage.RECORD)
-    tasks = list(paragraphs_stage._shorten_tasks(cleaning, Losers(), paragraphs, None, tmp_path))
+    np.zeros(3, paragraphs_stage.RECORD).tofile(tmp_path / "repeated")
+    tasks = list(paragraphs_stage._shorten_tasks(cleaning, Losers(), tmp_path / "repeated", None, tmp_path))
     assert [(task.segment, task.numbers.tolist()) for task in tasks] == [(0, [0, 0, 3]), (2, [9, 9, 11])]
