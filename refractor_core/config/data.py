@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.quality import FilterConfig, LanguagesConfig
