@@ -17,7 +17,7 @@ from refractor_core.data.dedup.records import RecordSorter, whole_groups
 from refractor_core.data.pool import Watch
 from refractor_core.data.progress import stage_bar
 
-STAGE, FOUND, REPEATED = "paragraphs", "paragraphs.npy", "repeated"
+FOUND, REPEATED = "paragraphs.npy", "repeated"
 RECORD = np.dtype([("hash", "<u8"), ("keeper", "<u8")])
 """A paragraph that repeats, and the number of the document that keeps it."""
 
@@ -101,10 +101,12 @@ def remove_paragraphs(cleaning: Cleaning, folder: Path) -> None:
         numbers = np.array([change.number for change in changes], np.int64)
         for change, (number, name, path) in zip(changes, named(cleaning, numbers)):
             id, twin = f"{ids[number]:016x}", f"{ids[change.keeper]:016x}"
-            audit.add(Removal(id, name, path, STAGE, "repeated", change.share, None, twin, change.first, "changed"))
+            audit.add(Removal(id, name, path, "paragraph", "repeated", change.share, None, twin, change.first))
             if change.characters < config.min_characters_left:
                 least = config.min_characters_left
-                audit.add(Removal(id, name, path, STAGE, "min_characters_left", change.characters, least, twin, texts.beginning(number)))
+                audit.add(
+                    Removal(id, name, path, "remainder", "min_characters_left", change.characters, least, twin, texts.beginning(number))
+                )
 
 
 def _losers(pieces: Sequence[Path], rank: np.ndarray, config: ParagraphConfig, scratch: Path, memory: int) -> RecordSorter:

@@ -72,25 +72,25 @@ def test_a_notice_stays_in_the_first_document_and_every_change_has_a_row(tmp_pat
     dataset = build(boilerplate_config(tmp_path))
     documents = {row["path"].rsplit("/", 1)[1]: row for row in dataset.documents().to_pylist()}
     rows = dataset.audit().to_pylist()
-    changed = {row["path"].rsplit("/", 1)[1]: row for row in rows if row["stage"] == "paragraphs" and row["action"] == "changed"}
-    gone = [row for row in rows if row["action"] == "removed"]
+    changed = {row["path"].rsplit("/", 1)[1]: row for row in rows if row["stage"] == "paragraph"}
+    gone = [row for row in rows if row["stage"] != "paragraph"]
     assert set(changed) == {f"pages.jsonl:{number}" for number in range(1, 14)}
     assert [(row["path"].rsplit("/", 1)[1], row["rule"]) for row in gone] == [("pages.jsonl:13", "min_characters_left")]
     assert "pages.jsonl:13" not in documents and len(documents) == 2 + 12 + 12
     keeper = documents["first.jsonl:1"]
     for name, row in changed.items():
         assert (row["rule"], row["twin"], row["detail"]) == ("repeated", keeper["id"], NOTICE) and 0 < row["value"] < 1
-        assert name == "pages.jsonl:13" or documents[name]["changed"] == "paragraphs"
+        assert name == "pages.jsonl:13" or documents[name]["changed"] == "paragraph"
     text = f"{words(3, 90)}\n\nlast words of page 3"
     assert documents["pages.jsonl:4"]["bytes"] == len(text)
-    assert dataset.manifest.sources[1].removed == {"paragraphs": 1}
+    assert dataset.manifest.sources[1].removed == {"remainder": 1}
 
 
 @pytest.mark.parametrize(("settings", "count"), [({"enabled": False}, 0), ({"min_documents": 15}, 0), ({"skip": ["pages"]}, 12)])
 def test_paragraphs_are_left_alone_where_the_configuration_says_so(tmp_path: Path, settings: dict, count: int) -> None:
     """With ``skip: [pages]`` code is no longer left out: its twelve documents lose the notice to the first source."""
     rows = build(boilerplate_config(tmp_path, **settings)).audit().to_pylist()
-    assert len([row for row in rows if row["stage"] == "paragraphs" and row["action"] == "changed"]) == count
+    assert len([row for row in rows if row["stage"] == "paragraph"]) == count
 
 
 def test_changed_texts_do_not_depend_on_workers(tmp_path: Path) -> None:
