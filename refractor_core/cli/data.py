@@ -28,14 +28,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries it out; exit code 0, or 1 where validation has findings."""
     from refractor_core.config.loading import load_run
-    from refractor_core.data import Dataset, build
+
+    config = load_run(args.config, args.overrides)
+    if args.action == "build":  # without what the other actions need: torch alone is 120 MB of its memory
+        from refractor_core.data.builder import build
+
+        build(config, force=args.force)
+        return 0
+    from refractor_core.data.dataset import Dataset
     from refractor_core.data.inspect import describe_batch, describe_dataset, describe_document, describe_removed
     from refractor_core.data.validate import validate
 
-    config = load_run(args.config, args.overrides)
-    if args.action == "build":
-        build(config, force=args.force)
-        return 0
     dataset = Dataset.open(config.data.dir, verify=args.action == "validate")
     if args.action == "validate":
         findings = validate(dataset, config, full=args.full)

@@ -39,7 +39,7 @@ from refractor_core.data.manifest import (
     hash_file,
     python_version,
 )
-from refractor_core.data.memory import Memory
+from refractor_core.data.memory import Memory, readable, workers_within
 from refractor_core.data.parts import SEGMENT, Part, list_parts
 from refractor_core.data.pool import Pool, Watch
 from refractor_core.data.progress import stage_bar
@@ -78,9 +78,12 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
         return existing
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"data.dir = {config.data.dir!r}: holds something that is not a dataset; choose another directory or empty it")
+    workers = workers_within(config.data)
+    if workers < config.data.workers:
+        _say(f"data.memory_limit = {readable(config.data.memory_limit)} has room for {workers} of {config.data.workers} workers")
     parts = list_parts(config.data.sources)
     try:
-        with open_work(target, _key(config)) as work, Pool(config.data.workers) as pool:
+        with open_work(target, _key(config)) as work, Pool(workers) as pool:
             memory = Memory(config.data.memory_limit, pool.processes)
             work.only("read", [part.name for part in parts])
             _Build(config, parts, work, pool, memory).into(target)
