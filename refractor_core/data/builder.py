@@ -39,10 +39,11 @@ from refractor_core.data.manifest import (
     hash_file,
     python_version,
 )
-from refractor_core.data.memory import Memory, readable, workers_within
+from refractor_core.data.memory import Memory, readable, release, workers_within
 from refractor_core.data.parts import SEGMENT, Part, list_parts
 from refractor_core.data.pool import Pool, Watch
 from refractor_core.data.progress import stage_bar
+from refractor_core.data.quality import language
 from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
 from refractor_core.data.stages import STAGES
@@ -177,6 +178,7 @@ class _Build:
                     with finished(piece) as folder:
                         stage.run(cleaning, folder)
                 cleaning.take(stage.name, piece)
+                release()
                 audits.append(piece / STAGE_AUDIT)
                 stages.append(StageEntry(name=stage.name, version=stage.version, facts=cleaning.facts[stage.name]))
         audits = [path for path in audits if path.exists()]
@@ -192,6 +194,8 @@ class _Build:
         tasks = [_ReadTask(part, piece, self._config) for part in self._parts if not self._is_read(piece := self._read_piece(part))]
         with stage_bar("read", sum(task.part.bytes for task in tasks), "B", self._memory) as advance:
             self._pool.map(_read, tasks, advance, _poisoned)
+        language.forget()
+        release()
 
     def _read_piece(self, part: Part) -> Path:
         return self._work.piece("read", part.name)

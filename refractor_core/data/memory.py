@@ -1,9 +1,11 @@
 """How much memory a build may take, and takes: proportional set size, which counts a page that processes share once."""
 
+import ctypes
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from refractor_core.config.data import DataConfig
@@ -27,9 +29,10 @@ def _held(process: int) -> int:
         return own if process == os.getpid() and not os.path.isdir("/proc") else 0
 
 
-MAIN_BYTES = 224 << 20
-"""Memory of the process that builds, beside documents: interpreter, libraries, compiled kernels, what a stage holds at a time."""
-WORKER_BYTES = 160 << 20
+MAIN_BYTES = 400 << 20
+"""Memory of the process that builds, beside documents: libraries and compiled kernels (130 MiB of them files), models of languages, what a
+stage holds at a time; measured."""
+WORKER_BYTES = 224 << 20
 """The same of a worker, less the pages that it shares."""
 DOCUMENT_FACTOR = 28
 """Memory that a document of one byte takes at its worst, when it is tokenised: as many tokens as bytes, measured on Chinese."""
@@ -73,6 +76,12 @@ class Memory:
     def room(self) -> int:
         """Bytes that a step in this process may add to what is held now. What it sizes by them must not change a result."""
         return max(LEAST, self.limit - self.used())
+
+
+def release() -> None:
+    """Gives free pages back to the system, where the C library can; between stages, since what comes next needs other memory."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def readable(size: float) -> str:
