@@ -2,9 +2,9 @@
 
 A row of S tokens holds 1, 2 or 4 tasks of S, S/2 or S/4 tokens, each a document of its own. Of every length, each run of ``CELLS`` tasks
 has every kind at every depth once. Only the answer has targets: what surrounds it is text of the corpus that training reads elsewhere as
-such, so it counts for no epoch. All is a pure function of the seed and the task's number; no rank needs to build rows that it does not read.
-Source of the passages' queries: inverse cloze, K. Lee et al., Latent retrieval for weakly supervised open domain question answering, ACL
-2019; of the likeness of others: BM25, S. Robertson and H. Zaragoza, The probabilistic relevance framework, 2009.
+such, so it counts for no epoch. All is a pure function of the seed and the task's number; no rank builds rows that it does not read.
+Source of the passages' queries: inverse cloze, K. Lee et al., Latent retrieval for weakly supervised open domain question answering,
+ACL 2019; of the likeness of others: BM25, S. Robertson and H. Zaragoza, The probabilistic relevance framework, 2009.
 """
 
 import os
