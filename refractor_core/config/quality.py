@@ -90,12 +90,19 @@ class LanguagesConfig(Section):
 
 
 class PerplexityConfig(Section):
-    """How surprising a document is to a model of its own language and domain, and which thirds of the documents stay."""
+    """How surprising a document is to a model of its own language and domain, and which bands of the documents stay.
+
+    By default all do: a corpus that scores itself finds what is unlike the rest, which is noise in one corpus and the best of another.
+    """
 
     backend: Literal["none", "ngram", "kenlm", "checkpoint"] = "ngram"
     """Who scores: nobody; n-grams counted on a sample of the corpus itself; a KenLM model; a REFRACTOR or Hugging Face checkpoint."""
     path: str | None = None
-    """The KenLM file or the checkpoint."""
+    """The KenLM file, in which ``{language}`` stands for the document's language, or the checkpoint."""
+    tokenizer_path: str | None = None
+    """``checkpoint``: the ``tokenizer.json`` that its model was trained with."""
+    max_bytes: PositiveInt = 1_000_000
+    """Beginning of a document that is scored; what follows it is not read."""
     reference_bytes: PositiveInt = 8_000_000
     """``ngram``: text that is counted per language and domain, chosen by the documents' hashes."""
     quantiles: tuple[float, float] = (0.3, 0.6)
