@@ -1,7 +1,7 @@
 """How well and how fast languages are told: ours beside each of its two libraries alone, on the same texts.
 
-Data: tab-separated ``language<TAB>text``, and JSON lines with ``bcp47`` and ``text``; labels may be ISO 639-1 or 639-3. Texts whose language
-neither library knows are left out; those that one of them knows count for both.
+Data: tab-separated ``language<TAB>text``, and JSON lines with ``bcp47`` and ``text``; labels may be ISO 639-1 or 639-3. Texts whose
+language neither library knows are left out; those that one of them knows count for both.
 
 usage: PYTHONPATH=.:benchmarks python benchmarks/data/languages.py NAME=FILE …
 """

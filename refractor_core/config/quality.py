@@ -107,7 +107,7 @@ class PerplexityConfig(Section):
     """``ngram``: text that is counted per language and domain, chosen by the documents' hashes."""
     quantiles: tuple[float, float] = (0.3, 0.6)
     """Shares of a group's documents in the head, and in head and middle together."""
-    keep: tuple[Literal["head", "middle", "tail"], ...] = ("head", "middle", "tail")
+    keep: tuple[Literal["head", "middle", "tail"], ...] = Field(("head", "middle", "tail"), min_length=1)
     """Bands that stay."""
     min_documents: PositiveInt = 200
     """Groups (language and domain) of fewer documents are not cut into bands and stay whole."""

@@ -2,5 +2,9 @@
 
 from refractor_core.data.cleaning import Stage
 from refractor_core.data.dedup.stage import remove_duplicates
+from refractor_core.data.quality.perplexity import score_documents
 
-STAGES = (Stage("duplicates", "2", lambda config: True, remove_duplicates),)
+STAGES = (
+    Stage("duplicates", "2", lambda config: True, remove_duplicates),
+    Stage("perplexity", "1", lambda config: config.perplexity.backend != "none", score_documents),
+)

@@ -1,8 +1,8 @@
-"""Compiled n-gram model of words: counting, and the perplexity of a text (interpolated as Witten and Bell 1991, IEEE Transactions 37, section IV).
+"""Compiled n-gram model of words: counting, and the perplexity of a text.
 
-P(w | h) = (c(h w) + t(h) · P(w | h')) / (c(h) + t(h)), with c the count of a sequence, t(h) the number of distinct words seen after h, and h' = h
-without its oldest word; below single words stands a uniform distribution over ``VOCABULARY`` words. A context that was never seen is
-passed over. Everything lies in one hash table under 64-bit hashes of sequences of one to three words.
+P(w | h) = (c(h w) + t(h) · P(w | h')) / (c(h) + t(h)), with c the count of a sequence, t(h) the number of distinct words seen after h, and
+h' = h without its oldest word (Witten and Bell 1991, interpolated); below single words stands a uniform distribution over ``VOCABULARY``
+words. A context that was never seen is passed over. Everything lies in one hash table under 64-bit hashes of one to three words.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
 """Perplexity bands: how surprising every document is among those of its language and domain.
 
-A *group* is the documents of one language and domain: a model of prose condemns all code, so nothing is compared across groups. The built-in
-scorer counts word trigrams (``ngrams``) on a reference sample of the group, the documents of the smallest hashes, in two halves: a document is scored by
-the half that its own hash does not fall into, so that none is scored by a model that has read it. Bands are CCNet's (Wenzek et al. 2020, arXiv
-1911.00359): head, middle and tail, cut at quantiles that the manifest keeps.
+A *group* is the documents of one language and domain: a model of prose condemns all code, so nothing is compared across groups. The
+built-in scorer counts word trigrams (``ngrams``) on a reference sample of the group, the documents of the smallest hashes, in two halves: a
+document is scored by the half that its own hash does not fall into, so that none is scored by a model that has read it. Bands are CCNet's
+(Wenzek et al. 2020, arXiv 1911.00359): head, middle and tail, cut at quantiles that the manifest keeps.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from refractor_core.data.reading import removal
 from refractor_core.data.work import finished
 
 BANDS = ("head", "middle", "tail")
+BATCH = 16
+"""Documents that are scored together by a checkpoint."""
 SCORES, GROUPS = "scores.npy", "groups.json"
-Scorer = Callable[[Sequence[str]], Sequence[float]]
-"""Perplexities of texts, for a backend that the builder is given: a checkpoint's, which this room must not load itself."""
 
 
 def score_documents(cleaning: Cleaning, folder: Path) -> None:
@@ -49,18 +49,14 @@ def score_documents(cleaning: Cleaning, folder: Path) -> None:
     scores = np.concatenate([np.load(piece / SCORES) for piece in pieces] or [np.zeros(0, np.float32)])
     bands, cuts = cut(scores, np.where(cleaning.kept, groups, -1), len(names), config)
     for group, (low, high) in cuts.items():
-        facts.setdefault(names[group], {}).update(
-            documents=int((groups[cleaning.kept] == group).sum()), head_up_to=low, middle_up_to=high
-        )
+        facts.setdefault(names[group], {}).update(documents=int((groups[cleaning.kept] == group).sum()), head_up_to=low, middle_up_to=high)
     np.save(folder / "signal-perplexity.npy", scores)
     np.save(folder / "signal-perplexity_band.npy", bands)
     _drop(cleaning, folder, scores, bands, groups, cuts)
     (folder / FACTS).write_text(json.dumps({"bands": list(BANDS), "groups": facts}, sort_keys=True))
 
 
-def cut(
-    scores: np.ndarray, groups: np.ndarray, count: int, config: PerplexityConfig
-) -> tuple[np.ndarray, dict[int, tuple[float, float]]]:
+def cut(scores: np.ndarray, groups: np.ndarray, count: int, config: PerplexityConfig) -> tuple[np.ndarray, dict[int, tuple[float, float]]]:
     """Bands of scored documents.
 
     Args:
@@ -204,8 +200,9 @@ def _score_here(cleaning: Cleaning) -> list[Path]:
         segment = cleaning.segment(number)
         rows = np.flatnonzero(segment.kept)
         scores = np.full(len(segment.kept), np.nan, np.float32)
-        texts = (_beginning(segment.text(row)[0], cleaning.config.perplexity).decode() for row in rows.tolist())
-        scores[rows] = np.fromiter((cleaning.scorer([text])[0] for text in texts), np.float32, len(rows))
+        for batch in np.array_split(rows, -(-len(rows) // BATCH) or 1):
+            texts = [_beginning(segment.text(row)[0], cleaning.config.perplexity).decode() for row in batch.tolist()]
+            scores[batch] = cleaning.scorer(texts)
         with finished(piece) as folder:
             np.save(folder / SCORES, scores)
     return pieces
