@@ -7,7 +7,7 @@ from refractor_core.data.audit import CHANGES
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
 from refractor_core.data.order import BatchPlan
 
-ORDER = ("read", "filter", "mask", "exact", "near", "paragraph", "perplexity")
+ORDER = ("read", "filter", "mask", "exact", "near", "paragraph", "remainder", "perplexity")
 """Stages in the order in which documents meet them; others come after."""
 EXCERPT = 60
 """Characters shown of each end of a sequence, and of a removed document."""
