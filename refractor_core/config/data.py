@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
-from refractor_core.config.quality import FilterConfig, LanguagesConfig
+from refractor_core.config.quality import FilterConfig, LanguagesConfig, PerplexityConfig
 from refractor_core.config.section import Section
 from refractor_core.config.sources import SourceConfig
 
@@ -104,6 +104,8 @@ class DataConfig(Section):
     """Which languages stay."""
     deduplication: DeduplicationConfig = DeduplicationConfig()
     """Removal of near-duplicates."""
+    perplexity: PerplexityConfig = PerplexityConfig()
+    """Bands of perplexity within each language and domain."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
     workers: PositiveInt = 1
@@ -134,6 +136,9 @@ class StageConfig(Section):
     """Shorter documents are not for this stage."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are not for this stage, and stay whole for later ones."""
+    retrieval_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the sequences that hold retrieval tasks instead of documents: needles in text, needles that lead to each other, passages
+    among like ones; at every depth, of full, half and quarter length. Only their answers have targets."""
     replay: bool = False
     """Whether it begins its sources anew, and so reads again what the stages before it have read."""
     rope_scaling: RopeScalingConfig | None = None

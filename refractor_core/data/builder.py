@@ -20,7 +20,7 @@ from refractor_core.config.run import RunConfig
 from refractor_core.data.assembling import Assembler
 from refractor_core.data.audit import join_audits
 from refractor_core.data.cleaning import AUDIT as STAGE_AUDIT
-from refractor_core.data.cleaning import Cleaning
+from refractor_core.data.cleaning import Cleaning, Scorer
 from refractor_core.data.corpus import Corpus
 from refractor_core.data.dataset import AUDIT, TOKENIZER, UNIGRAM, Dataset
 from refractor_core.data.folder import atomic_directory, recover
@@ -56,7 +56,7 @@ TRAINING_SAMPLE = 8_000_000
 """Bytes of text that the tokenizer is trained on: the documents that come first in the stores' order, over all sources."""
 
 
-def build(config: RunConfig, *, force: bool = False) -> Dataset:
+def build(config: RunConfig, *, force: bool = False, scorer: Scorer | None = None) -> Dataset:
     """Builds the dataset that ``config.data`` describes into ``data.dir``, or returns the one that is there already.
 
     Equal inputs, configuration and code give equal bytes, whatever the number of workers, the memory limit, and however often the build was
@@ -65,6 +65,7 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
 
     Args:
         force: builds anew and replaces a dataset that is there.
+        scorer: what ``data.perplexity.backend: checkpoint`` scores by.
 
     Raises:
         ValueError: a source, the tokenizer or the corpus is unusable, ``data.dir`` holds something else, or another process builds there.
@@ -87,7 +88,7 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
         with open_work(target, _key(config)) as work, Pool(workers) as pool:
             memory = Memory(config.data.memory_limit, pool.processes)
             work.only("read", [part.name for part in parts])
-            _Build(config, parts, work, pool, memory).into(target)
+            _Build(config, parts, work, pool, memory, scorer).into(target)
             discard(work)
     except OSError as error:
         reason = error.strerror or error
@@ -157,8 +158,8 @@ def _poisoned(task: _ReadTask, item: str, reason: str) -> _ReadTask:
 class _Build:
     """One build at work."""
 
-    def __init__(self, config: RunConfig, parts: Sequence[Part], work: Work, pool: Pool, memory: Memory):
-        self._config, self._parts, self._work, self._pool, self._memory = config, parts, work, pool, memory
+    def __init__(self, config: RunConfig, parts: Sequence[Part], work: Work, pool: Pool, memory: Memory, scorer: Scorer | None):
+        self._config, self._parts, self._work, self._pool, self._memory, self._scorer = config, parts, work, pool, memory, scorer
         inputs = hashlib.sha256("\n".join(part.name for part in parts).encode()).hexdigest()[:16]
         self._stage = f"all-{inputs}"  # of what is made from all parts together
         work.only(".", ["read", self._stage, KEY])
@@ -168,7 +169,7 @@ class _Build:
         self._read_parts()
         corpus, pieces = self._corpus()
         kept, folder = np.ones(len(corpus), bool), self._work.folder / self._stage
-        cleaning = Cleaning(self._config.data, corpus, kept, self._pool, self._memory, folder)
+        cleaning = Cleaning(self._config.data, corpus, kept, self._pool, self._memory, folder, self._scorer)
         audits = [piece / STAGE_AUDIT for piece in pieces]
         stages = [StageEntry(name="read", version=CODE_VERSION)]
         for stage in STAGES:

@@ -32,12 +32,12 @@ print(json.dumps(peaks))
 def write(path: Path, size: int) -> None:
     """A file of ``size`` bytes of documents of 1 kB to 200 kB, made of pieces of text that come again and again."""
     generator = np.random.default_rng(0)
-    pieces = [words(number, 100) for number in range(400)]
+    pieces = [words(number, 100).replace("\n", " ") for number in range(400)]
     written = 0
     with path.open("w", encoding="utf-8") as stream:
         while written < size:
             chosen = generator.integers(0, len(pieces), int(min(200, 2 * (1 + generator.pareto(1.0)))))
-            written += stream.write(json.dumps({"text": "\n".join(pieces[i] for i in chosen)}) + "\n")
+            written += stream.write(json.dumps({"text": " ".join(pieces[i] for i in chosen)}) + "\n")
 
 
 def peaks(folder: Path, *names: str) -> list[int]:
@@ -49,9 +49,11 @@ def peaks(folder: Path, *names: str) -> list[int]:
 
 
 def test_a_larger_corpus_takes_no_more_memory(tmp_path: Path) -> None:
-    write(tmp_path / "small.jsonl", 10 * MIB)  # enough to fill whatever has a fixed size
+    write(tmp_path / "small.jsonl", MIB)
+    write(tmp_path / "again.jsonl", 10 * MIB)  # enough to fill whatever has a fixed size
     write(tmp_path / "large.jsonl", 42 * MIB)
-    small, large = peaks(tmp_path, "small", "large")
+    peaks(tmp_path, "small")  # compiles what is compiled once on a machine
+    small, large = (peaks(tmp_path, name)[0] for name in ("again", "large"))
     assert large - small < 24 * MIB, (readable(small), readable(large))
 
 
