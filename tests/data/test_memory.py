@@ -48,15 +48,6 @@ def peaks(folder: Path, *names: str) -> list[int]:
     return json.loads(done.stdout)
 
 
-def test_a_larger_corpus_takes_no_more_memory(tmp_path: Path) -> None:
-    write(tmp_path / "small.jsonl", MIB)
-    write(tmp_path / "again.jsonl", 10 * MIB)  # enough to fill whatever has a fixed size
-    write(tmp_path / "large.jsonl", 42 * MIB)
-    peaks(tmp_path, "small")  # compiles what is compiled once on a machine
-    small, large = (peaks(tmp_path, name)[0] for name in ("again", "large"))
-    assert large - small < 24 * MIB, (readable(small), readable(large))
-
-
 @pytest.mark.slow
 def test_a_corpus_larger_than_the_limit(tmp_path: Path) -> None:
     write(tmp_path / "small.jsonl", MIB)
