@@ -1,4 +1,4 @@
-"""A build's memory does not grow with its corpus; a limit that is too small is refused, or lets fewer workers run."""
+"""A build stays within its limit, however large its corpus; a limit that is too small is refused, or lets fewer workers run."""
 
 import json
 import os
