@@ -29,12 +29,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries it out; exit code 0, or 1 where validation has findings."""
     from refractor_core.config.loading import load_run
-    from refractor_core.data import Dataset, build
-    from refractor_core.data.inspect import describe_batch, describe_dataset, describe_document, describe_funnel, describe_removed
-    from refractor_core.data.validate import validate
 
     config = load_run(args.config, args.overrides)
-    if args.action == "build":
+    if args.action == "build":  # without what the other actions need: torch alone is 120 MB of its memory
+        from refractor_core.data.builder import build
+
         scorer = None
         if config.data.perplexity.backend == "checkpoint":
             from refractor_core.evaluation.perplexity import checkpoint_scorer
@@ -42,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
             scorer = checkpoint_scorer(config.data.perplexity)
         build(config, force=args.force, scorer=scorer)
         return 0
+    from refractor_core.data.dataset import Dataset
+    from refractor_core.data.inspect import describe_batch, describe_dataset, describe_document, describe_funnel, describe_removed
+    from refractor_core.data.validate import validate
+
     dataset = Dataset.open(config.data.dir, verify=args.action == "validate")
     if args.action == "validate":
         findings = validate(dataset, config, full=args.full)

@@ -7,7 +7,6 @@ tokenizer; tokenise segments (``tokenising``); assemble stores and tables (``ass
 
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -40,17 +39,18 @@ from refractor_core.data.manifest import (
     hash_file,
     python_version,
 )
-from refractor_core.data.memory import Memory
+from refractor_core.data.memory import Memory, readable, release, workers_within
 from refractor_core.data.parts import SEGMENT, Part, list_parts
 from refractor_core.data.pool import Pool, Watch
 from refractor_core.data.progress import stage_bar
+from refractor_core.data.quality import language
 from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
 from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample
 from refractor_core.data.tokenizer import TextTokenizer, make_tokenizer
-from refractor_core.data.work import Work, discard, finished, open_work
+from refractor_core.data.work import KEY, Work, discard, finished, open_work, remove
 
 TRAINING_SAMPLE = 8_000_000
 """Bytes of text that the tokenizer is trained on: the documents that come first in the stores' order, over all sources."""
@@ -80,9 +80,12 @@ def build(config: RunConfig, *, force: bool = False, scorer: Scorer | None = Non
         return existing
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"data.dir = {config.data.dir!r}: holds something that is not a dataset; choose another directory or empty it")
+    workers = workers_within(config.data)
+    if workers < config.data.workers:
+        _say(f"data.memory_limit = {readable(config.data.memory_limit)} has room for {workers} of {config.data.workers} workers")
     parts = list_parts(config.data.sources)
     try:
-        with open_work(target, _key(config)) as work, Pool(config.data.workers) as pool:
+        with open_work(target, _key(config)) as work, Pool(workers) as pool:
             memory = Memory(config.data.memory_limit, pool.processes)
             work.only("read", [part.name for part in parts])
             _Build(config, parts, work, pool, memory, scorer).into(target)
@@ -159,6 +162,7 @@ class _Build:
         self._config, self._parts, self._work, self._pool, self._memory, self._scorer = config, parts, work, pool, memory, scorer
         inputs = hashlib.sha256("\n".join(part.name for part in parts).encode()).hexdigest()[:16]
         self._stage = f"all-{inputs}"  # of what is made from all parts together
+        work.only(".", ["read", self._stage, KEY])
 
     def into(self, target: Path) -> None:
         """Everything, from files to a dataset at ``target``."""
@@ -175,6 +179,7 @@ class _Build:
                     with finished(piece) as folder:
                         stage.run(cleaning, folder)
                 cleaning.take(stage.name, piece)
+                release()
                 audits.append(piece / STAGE_AUDIT)
                 stages.append(StageEntry(name=stage.name, version=stage.version, facts=cleaning.facts[stage.name]))
         audits = [path for path in audits if path.exists()]
@@ -190,6 +195,8 @@ class _Build:
         tasks = [_ReadTask(part, piece, self._config) for part in self._parts if not self._is_read(piece := self._read_piece(part))]
         with stage_bar("read", sum(task.part.bytes for task in tasks), "B", self._memory) as advance:
             self._pool.map(_read, tasks, advance, _poisoned)
+        language.forget()
+        release()
 
     def _read_piece(self, part: Part) -> Path:
         return self._work.piece("read", part.name)
@@ -197,7 +204,7 @@ class _Build:
     def _is_read(self, piece: Path) -> bool:
         """Whether a part is read, and as ``data.on_error`` wants it."""
         if piece.exists() and self._config.data.on_error == "stop" and has_faults(piece):
-            shutil.rmtree(piece)
+            remove(piece)
         return piece.exists()
 
     def _corpus(self) -> tuple[Corpus, tuple[Path, ...]]:

@@ -104,7 +104,8 @@ def remove_paragraphs(cleaning: Cleaning, folder: Path) -> None:
         numbers = np.array([change.number for change in changes], np.int64)
         for change, (number, name, path) in zip(changes, named(cleaning, numbers)):
             id, twin = f"{ids[number]:016x}", f"{ids[change.keeper]:016x}"
-            audit.add(Removal(id, name, path, "paragraph", "repeated", change.share, None, twin, change.first, change.sizes[0] - change.sizes[1]))
+            lost = change.sizes[0] - change.sizes[1]
+            audit.add(Removal(id, name, path, "paragraph", "repeated", change.share, None, twin, change.first, lost))
             if change.characters < config.min_characters_left:
                 least = config.min_characters_left
                 told = "remainder", "min_characters_left", change.characters, least, twin, texts.beginning(number), change.sizes[1]

