@@ -276,7 +276,7 @@ class _Build:
         total = sum((piece / "tokens.bin").stat().st_size for piece in pieces) // dtype.itemsize
         entries = []
         with stage_bar("assemble", total, "tok", self._memory) as advance:
-            room = self._memory.room() // 2
+            room = self._memory.room() // 4
             with Assembler(folder, dtype, self._config.model.vocab_size, room, advance) as assembler:
                 for index, source in enumerate(self._config.data.sources):
                     own = [piece for piece, number in zip(pieces, corpus.sources.tolist()) if number == index]

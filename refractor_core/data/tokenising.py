@@ -34,7 +34,7 @@ BATCH_ROWS = 512
 """Rows of a batch of ``rows.arrow``: what is read of it at the least."""
 RELEASED = 16 << 20
 """Text after which free memory goes back to the system: encoders leave a lot of it in pieces."""
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 """Text that is tokenised together."""
 
 
