@@ -18,7 +18,7 @@ from record import write_result
 from refractor_core.data.order.packing import pack
 from refractor_core.data.order.plan import PackPlan, write_plan
 from refractor_core.data.order.selection import Selection, no_pieces
-from refractor_core.data.store import StoreWriter, TokenStore
+from refractor_core.data.store import HEADER, MAGIC, VERSION, TokenStore
 
 LENGTHS = (2048, 8192, 131072)
 FLOOR, PADDING, BYTES = 3e6, 1e-3, 12.0
@@ -45,11 +45,20 @@ def packed_cut(lengths: np.ndarray, size: int) -> int:
     return int((whole[lengths <= size] != 1).sum())
 
 
+def sparse_store(prefix: Path, lengths: np.ndarray) -> None:
+    """A store of zeros that take no disk."""
+    ends = np.cumsum(lengths, dtype="<i8") * 2
+    with prefix.with_suffix(".idx").open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, VERSION, 8, len(lengths), len(lengths) + 1))
+        for part in (lengths.astype("<i4"), ends - 2 * lengths, np.arange(len(lengths) + 1, dtype="<i8")):
+            stream.write(part.tobytes())
+    with prefix.with_suffix(".bin").open("wb") as stream:
+        stream.truncate(int(ends[-1]))
+
+
 def plan_figures(lengths: np.ndarray, size: int, folder: Path) -> dict[str, float]:
     """Seconds, padding and bytes per document of a plan on disk, block by block."""
-    with StoreWriter(folder / "store", np.dtype(np.uint16)) as writer:
-        for length in lengths.tolist():
-            writer.add(np.zeros(length, dtype=np.uint16))
+    sparse_store(folder / "store", lengths)
     store, every = TokenStore(folder / "store"), Selection(np.zeros(0, np.int64), np.zeros(1, np.int64), no_pieces())
     begin = time.process_time()
     write_plan(folder, store, every, size, 1 << 60)

@@ -110,13 +110,15 @@ def ask(folder: Path, steps: int) -> dict:
     generator, found = np.random.default_rng(1), {}
     for stage in plan.stages:
         for whole in (False, True):
-            took = []
+            took, busy = [], []
             for step in generator.integers(stage.first_step, stage.until_step, steps if stage.length < 1e5 or not whole else 8).tolist():
-                begin = time.perf_counter()
+                begin, begin_busy = time.perf_counter(), time.process_time()
                 plan.batch(step) if whole else plan.batch(step, int(generator.integers(ROWS)), ROWS)
                 took.append(1e3 * (time.perf_counter() - begin))
+                busy.append(1e3 * (time.process_time() - begin_busy))
             name = f"{stage.length}, {'all rows' if whole else 'one row of 64'}"
             found[name] = {"median_ms": median(took), "p95_ms": float(np.quantile(took, 0.95)), "max_ms": max(took)}
+            found[name]["median_cpu_ms"] = median(busy)
     return {
         "tokens": tokens,
         "documents": sum(source.train.documents for source in dataset.manifest.sources),

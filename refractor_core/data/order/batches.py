@@ -22,8 +22,8 @@ from refractor_core.data.order.stages import Layout, Stage
 from refractor_core.data.store import REBUILD
 
 _NOTHING = tuple(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.int64, bool, np.int64))
-FOUND_TOGETHER = 512
-"""Rows whose packs are found at once, in batches of steps that follow one another: finding one takes hardly less time."""
+FOUND_TOGETHER = 1 << 20
+"""Tokens whose packs are found at once, in batches of steps that follow one another: finding few takes hardly less time."""
 
 
 class BatchPlan:
@@ -69,7 +69,7 @@ class BatchPlan:
         """
         number = self._number(step)
         stage = self.stages[number]
-        together = max(1, FOUND_TOGETHER // stage.rows)
+        together = max(1, FOUND_TOGETHER // (stage.rows * stage.length))
         group, nth = divmod(step - stage.first_step, together)
         source_B, task_B, pieces = self._group(number, group * together, together)
         own = slice(nth * stage.rows, (nth + 1) * stage.rows)
