@@ -5,6 +5,6 @@ from refractor_core.data.dedup import paragraphs_stage
 from refractor_core.data.dedup.stage import remove_duplicates
 
 STAGES = (
-    Stage("duplicates", "2", lambda config: True, remove_duplicates),
+    Stage("duplicates", "3", lambda config: True, remove_duplicates),
     Stage("paragraph", "1", paragraphs_stage.wanted, paragraphs_stage.remove_paragraphs),
 )
