@@ -145,6 +145,9 @@ class StageConfig(Section):
     """Shorter documents are not for this stage."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are not for this stage, and stay whole for later ones."""
+    retrieval_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the sequences that hold retrieval tasks instead of documents: needles in text, needles that lead to each other, passages
+    among like ones; at every depth, of full, half and quarter length. Only their answers have targets."""
     replay: bool = False
     """Whether it begins its sources anew, and so reads again what the stages before it have read."""
     rope_scaling: RopeScalingConfig | None = None
