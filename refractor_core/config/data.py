@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from refractor_core.config.decontamination import DecontaminationConfig
 from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.section import Section
 from refractor_core.config.sources import SourceConfig
@@ -74,6 +75,8 @@ class DataConfig(Section):
     """What a document must satisfy."""
     deduplication: DeduplicationConfig = DeduplicationConfig()
     """Removal of near-duplicates."""
+    decontamination: DecontaminationConfig = DecontaminationConfig()
+    """Evaluation data that training must not see."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
     on_error: Literal["quarantine", "stop"] = "quarantine"

@@ -140,6 +140,13 @@ def _signature(shingles, a, b, out):
             out[k] = min(out[k], np.uint32(a[k] * hash + b[k]))
 
 
+def word_hashes(text: bytes) -> np.ndarray:
+    """uint64 hashes of a text's words in their order; the text is UTF-8."""
+    encoded = np.frombuffer(text, np.uint8)
+    found = np.empty(len(encoded) // 2 + 1 if text.isascii() else len(encoded) + 1, np.uint64)
+    return found[: _word_hashes(encoded, _ASCII, found)]
+
+
 def shingles(text: bytes) -> np.ndarray:
     """uint64 hashes of a text's word 5-grams in their order, repeated ones included; one for a text of fewer words, none without words.
 
