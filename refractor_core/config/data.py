@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.decontamination import DecontaminationConfig
 from refractor_core.config.model import RopeScalingConfig
@@ -79,6 +79,11 @@ class DataConfig(Section):
     """Evaluation data that training must not see."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
+    workers: PositiveInt = 1
+    """Processes that read, clean and tokenise; 1 works in the process that builds. Their number changes nothing in the dataset."""
+    memory_limit: ByteSize = Field("2GiB", validate_default=True)
+    """Memory that a build's processes take together, such as ``512MiB``. It changes nothing in the dataset; a limit too small to work in is
+    refused."""
     on_error: Literal["quarantine", "stop"] = "quarantine"
     """What happens to input that cannot be read: quarantine names it in the audit and goes on, stop ends the build at the first."""
     heldout_share: float = Field(0.02, gt=0, lt=0.5)

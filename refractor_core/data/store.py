@@ -8,6 +8,7 @@ last bound. We write one sequence per document. Source: Megatron-LM, megatron/co
 
 import os
 import struct
+from array import array
 from pathlib import Path
 from types import TracebackType
 
@@ -35,7 +36,7 @@ class StoreWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype):
         self._prefix, self._dtype = prefix, np.dtype(dtype)
-        self._lengths: list[int] = []
+        self._lengths = array("i")
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = prefix.with_name(prefix.name + ".bin").open("wb")
 
@@ -43,6 +44,12 @@ class StoreWriter:
         """Appends one document. int [tokens] within the dtype's range."""
         self._bin.write(tokens.astype(self._dtype).tobytes())
         self._lengths.append(len(tokens))
+
+    def extend(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents: their tokens end to end, in the store's dtype, and int [documents] how many each has."""
+        assert tokens.dtype == self._dtype and len(tokens) == lengths.sum()
+        self._bin.write(memoryview(np.ascontiguousarray(tokens)).cast("B"))
+        self._lengths.extend(lengths.tolist())
 
     def __enter__(self) -> "StoreWriter":
         return self
