@@ -28,7 +28,7 @@ class Removal:
         threshold: what it was held against.
         twin: id of the document that stayed in its place.
         detail: for the reader: the error's words, or the beginning of the text.
-        action: ``removed``, or ``changed`` for a document that stays with another text.
+        action: ``removed``; ``changed`` for a document that stays with another text; ``reported`` for one that stays as it is.
     """
 
     document: str

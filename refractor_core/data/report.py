@@ -7,7 +7,6 @@ everything is escaped, and characters that would hide or reorder text are spelle
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,17 +21,17 @@ from refractor_core.config.run import RunConfig
 from refractor_core.data.dataset import Dataset
 from refractor_core.data.order import BatchPlan
 from refractor_core.data.summary import BINS, Audit, Documents, texts_of
+from refractor_core.data.tokenising import ENCODING, REPORT
 from refractor_core.telemetry.records import replace_atomically
 
-FOLDER = "report"
 PAGE = "report.html"
-BUILD = "build.json"
-"""What the build told of itself: the tokenizer's backend, and what another one had to take over."""
 SHOWN = 600
 """Characters of each side of a pair of duplicates."""
 TOP = 24
 """Languages and licences listed."""
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e0fff]")
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e0fff]"
+)
 
 
 def write_report(dataset: Dataset, config: RunConfig, findings: Sequence[str] | None = None) -> Path:
@@ -67,13 +66,13 @@ def write_report(dataset: Dataset, config: RunConfig, findings: Sequence[str] | 
         similarities=_histogram([int(count) for count in audit.similarities[50:]], lambda place: f"{(place + 50) / 100:.2f}"),
         rules=[(*key, sum(own.values()), own.most_common(), audit.samples[key]) for key, own in sorted(audit.rules.items())],
         mix=_mix(dataset, config),
-        access=[(source.name, source.domain, source.access, getattr(source, "readers", ())) for source in dataset.manifest.sources],
-        build=_build(dataset),
+        access=[(source.name, source.domain, source.access, source.readers) for source in dataset.manifest.sources],
+        encoding=_encoding(dataset),
         config=yaml.safe_dump(dataset.manifest.config, sort_keys=False, allow_unicode=True),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )
-    path = dataset.path / FOLDER / PAGE
+    path = dataset.path / REPORT / PAGE
     path.parent.mkdir(exist_ok=True)
     replace_atomically(path, html.encode(errors="replace"))
     return path
@@ -198,18 +197,11 @@ def _mix(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
     return {"problem": "", "stages": stages}
 
 
-def _build(dataset: Dataset) -> Mapping[str, Any]:
+def _encoding(dataset: Dataset) -> Mapping[str, Any]:
     try:
-        return json.loads((dataset.path / FOLDER / BUILD).read_text(encoding="utf-8"))
+        return json.loads((dataset.path / REPORT / ENCODING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def write_build(folder: str | os.PathLike, told: Mapping[str, Any]) -> None:
-    """Leaves what a build tells of itself for its report; ``folder`` is the dataset's."""
-    path = Path(folder) / FOLDER / BUILD
-    path.parent.mkdir(exist_ok=True)
-    replace_atomically(path, json.dumps(told, indent=1).encode())
 
 
 def _figure(value: float) -> str:

@@ -16,7 +16,6 @@ import pyarrow.parquet
 from refractor_core.config.run import RunConfig
 from refractor_core.data.columns import values
 from refractor_core.data.dataset import DOCUMENTS, UNIGRAM, Dataset
-from refractor_core.data.decontamination import EvaluationItems, shared_text
 from refractor_core.data.store import TokenStore
 
 NUMBERS = ("tokens", "bytes", "position")
@@ -87,7 +86,7 @@ def _access(dataset: Dataset) -> list[str]:
     return [
         f"manifest: source {source.name!r} is {source.access}, not for training"
         for source in dataset.manifest.sources
-        if source.access != "train"
+        if source.access == "eval-only" or (source.access == "restricted") != bool(source.readers)
     ]
 
 
@@ -130,10 +129,10 @@ def _provenance(dataset: Dataset) -> list[str]:
     stores, seen, size = _stores(dataset), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     nulls, off = Counter[str](), dict[tuple[str, str], str]()
     hashes: dict[tuple[str, str], list[np.ndarray]] = {(name, split): [] for name in ("id", "sha256") for split in SPLITS}
-    closed = set[str]()
+    closed, told = set[str](), {source.name: source.access for source in dataset.manifest.sources}
     for batch in _batches(dataset, COLUMNS):
         nulls.update({name: sum(value is None for value in column) for name, column in batch.items() if isinstance(column, list)})
-        closed |= {source for source, access in zip(batch["source"], batch["access"]) if access != "train"}
+        closed |= {source for source, access in zip(batch["source"], batch["access"]) if access != told.get(source)}
         for store, first, end in _runs(batch):
             if store not in stores:
                 off[store] = f"{DOCUMENTS}: some rows are of {'/'.join(map(str, store))}, which is no store"
@@ -159,7 +158,7 @@ def _provenance(dataset: Dataset) -> list[str]:
                     f"{DOCUMENTS}: {split}/{source.name} has {size[split, source.name]} bytes of text, the manifest says otherwise"
                 )
     if closed:
-        findings.append(f"{DOCUMENTS}: holds documents that are not for training, of {', '.join(sorted(map(str, closed)))}")
+        findings.append(f"{DOCUMENTS}: access is not what the manifest says, of {', '.join(sorted(map(str, closed)))}")
     return findings + _twice(hashes)
 
 
@@ -204,6 +203,8 @@ def _texts(dataset: Dataset, config: RunConfig, full: bool) -> list[str]:
     hashed = full and dataset.manifest.config["data"]["tokenizer"]["kind"] == "train_bpe"
     if not hashed and not wanted.sets:
         return []
+    from refractor_core.data.decontamination.items import EvaluationItems, shared_text  # brings a compiler, which training can do without
+
     findings = dict[str, list[str]](decode=[], overlap=[])
     items = EvaluationItems(wanted)
     for name, row, text in _decoded(dataset):
@@ -212,7 +213,7 @@ def _texts(dataset: Dataset, config: RunConfig, full: bool) -> list[str]:
             findings["decode"].append(f"{told} does not decode to its text")
         overlap = items.overlap(text) if name[0] == "train" and wanted.action == "drop" else None
         if overlap is not None:
-            shared = shared_text(text, overlap, wanted.ngram)
+            shared = shared_text(text, overlap)
             findings["overlap"].append(
                 f"{told} shares {overlap.ngrams} n-grams with evaluation set {overlap.set}, {overlap.item}: {shared!r}"
             )

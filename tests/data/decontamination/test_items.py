@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refractor_core.config.decontamination import DecontaminationConfig
-from refractor_core.data.decontamination import EvaluationItems, shared_text
+from refractor_core.data.decontamination.items import EvaluationItems, shared_text
 from tests.data.corpora import words
 
 QUESTION = "A train leaves Geneva at nine; another leaves Zürich at ten. Where do they meet, and when exactly is that?"
@@ -49,7 +49,7 @@ def test_case_and_punctuation_hide_nothing_and_the_finding_names_the_item(tmp_pa
     found = index.overlap(text)
     assert found is not None and (found.set, found.item) == ("quiz", f"{tmp_path}/quiz.jsonl:1")
     assert found.ngrams == len(re.findall(r"\w+", QUESTION)) - 12
-    assert shared_text(text, found, 13).startswith("A -- TRAIN -- LEAVES")
+    assert shared_text(text, found).startswith("A -- TRAIN -- LEAVES")
     assert index.overlap(f"{words(3, 99)}, {words(7, 40)}".encode()).item.endswith(":3")
 
 

@@ -92,7 +92,7 @@ class EvaluationItems:
         return Overlap(*self._items[owner], count, word) if count >= self.min_overlap else None
 
 
-def shared_text(text: bytes, overlap: Overlap, ngram: int) -> str:
+def shared_text(text: bytes, overlap: Overlap) -> str:
     """The beginning of what a text shares: from its first shared word on."""
     low, high = 0, len(text)
     while low < high:  # the longest beginning of the text that holds no more words than come before
