@@ -4,7 +4,7 @@ Every figure is what a build does: awkward texts and vocabulary tried before, ch
 against ``tokenizers``, EOS put in. Cold is a first pass over texts that the backend has not seen, as in a build; warm is the second, faster
 than a build by what the backend remembers. Decontamination's lookup is timed on the same texts, against items cut from some of them.
 
-usage: RAYON_NUM_THREADS=1 PYTHONPATH=.:benchmarks python benchmarks/data/tokenise.py TEXTS... [--megabytes 200] [--vocabulary 32000] [--repeats 3]
+usage: RAYON_NUM_THREADS=1 PYTHONPATH=.:benchmarks python benchmarks/data/tokenise.py TEXTS... [--megabytes 200] [--repeats 3]
   TEXTS: files, or folders whose files are read; used again, each time with other words at every line's end, until there are enough.
 """
 
