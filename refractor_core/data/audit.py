@@ -16,19 +16,18 @@ EXCERPT = 200
 
 @dataclass(frozen=True)
 class Removal:
-    """One removed document, or one whose text was changed.
+    """One removed or changed document.
 
     Args:
         document: its id; of an unreadable file or line, the id it would have had.
         source: name of the entry in ``data.sources``.
         path: where in the source.
-        stage: ``read``, ``filter``, ``exact``, ``near``, or another stage's name.
+        stage: ``read``, ``filter``, ``exact``, ``near``, …, or one of ``CHANGES``, of a document that stays.
         rule: what it broke, such as ``min_characters`` or ``invalid_json``.
         value: what was measured, where the rule measures.
         threshold: what it was held against.
         twin: id of the document that stayed in its place.
         detail: for the reader: the error's words, or the beginning of the text.
-        action: ``removed``; ``changed`` for a document that stays with another text; ``reported`` for one that stays as it is.
     """
 
     document: str
@@ -40,9 +39,10 @@ class Removal:
     threshold: float | None = None
     twin: str | None = None
     detail: str = ""
-    action: str = "removed"
 
 
+CHANGES = ("mask", "paragraph", "contaminated")
+"""Stages whose rows tell of a document that stays: changed, or only reported (``contaminated``)."""
 NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
 SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
 ROWS = 8192

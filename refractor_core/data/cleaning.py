@@ -3,7 +3,7 @@
 A stage is a function of (``Cleaning``, folder). It looks at documents that are still ``kept`` and leaves in the folder, all of it optional:
 
 - ``removed.npy``: int64, ascending: numbers of the documents that go;
-- ``audit.parquet`` (``audit.AuditWriter``): a row for every document that goes (action ``removed``) or changes (``changed``);
+- ``audit.parquet`` (``audit.AuditWriter``): a row for every document that goes, or changes (stages in ``audit.CHANGES``);
 - ``changes-*.arrow`` (``corpus.ChangesWriter``): new texts, of numbers that ascend over the files in the order of their names;
 - ``signal-NAME.npy``: float32 [len(corpus)], a column NAME of ``documents.parquet``;
 - ``facts.json``: what the manifest shall say of the stage, such as frozen thresholds.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from refractor_core.config.data import DataConfig
-from refractor_core.data.audit import Removal, read_audit
+from refractor_core.data.audit import CHANGES, Removal, read_audit
 from refractor_core.data.corpus import Corpus
 
 
@@ -35,7 +35,7 @@ class Funnel:
             funnel.read[config.sources[source].name] += count
         for path in audits:
             for row in read_audit(path):
-                if row.action == "removed":
+                if row.stage not in CHANGES:
                     funnel._count(row)
         return funnel
 

@@ -56,6 +56,7 @@ COLUMNS = {
     "license": pyarrow.string(),
     "domain": pyarrow.string(),
     "language": pyarrow.string(),
+    "changed": pyarrow.string(),
     "sha256": pyarrow.binary(32),
     "text": pyarrow.large_binary(),
 }
@@ -124,13 +125,13 @@ class PartWriter:
         self._bytes = self._segments = self._segment_rows = self._segment_bytes = 0
         self._writer: pyarrow.ipc.RecordBatchFileWriter | None = None
 
-    def add(self, document: Document, language: str = "", signals: Sequence[float] = ()) -> None:
-        """Appends one document. ``language`` is an ISO 639 code, empty where nobody looked."""
+    def add(self, document: Document, language: str = "", signals: Sequence[float] = (), changed: str = "") -> None:
+        """Appends one document: its language (ISO 639, empty where nobody looked), and the stage that has changed its text, if any."""
         digest = bytes.fromhex(document.sha256)
         provenance = (document.id, document.source, document.path, document.url, document.license, document.domain)
         if self._rows and self._bytes + len(document.encoded) > BATCH_BYTES:
             self._flush()
-        self._rows.append((*provenance, language, digest, document.encoded, *signals))
+        self._rows.append((*provenance, language, changed, digest, document.encoded, *signals))
         self._bytes += len(document.encoded)
         if self._bytes >= BATCH_BYTES or len(self._rows) == BATCH_ROWS:
             self._flush()

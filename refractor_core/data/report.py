@@ -18,6 +18,7 @@ import yaml
 
 from refractor_core import __version__
 from refractor_core.config.run import RunConfig
+from refractor_core.data.audit import CHANGES
 from refractor_core.data.dataset import Dataset
 from refractor_core.data.order import BatchPlan
 from refractor_core.data.summary import BINS, Audit, Documents, texts_of
@@ -64,7 +65,9 @@ def write_report(dataset: Dataset, config: RunConfig, findings: Sequence[str] | 
         bands={" · ".join(filter(None, kind)): dict(sorted(own.items())) for kind, own in sorted(documents.bands.items())},
         duplicates=_duplicates(dataset, audit),
         similarities=_histogram([int(count) for count in audit.similarities[50:]], lambda place: f"{(place + 50) / 100:.2f}"),
-        rules=[(*key, sum(own.values()), own.most_common(), audit.samples[key]) for key, own in sorted(audit.rules.items())],
+        rules=[
+            (*key, key[0] in CHANGES, sum(own.values()), own.most_common(), audit.samples[key]) for key, own in sorted(audit.rules.items())
+        ],
         mix=_mix(dataset, config),
         access=[(source.name, source.domain, source.access, source.readers) for source in dataset.manifest.sources],
         encoding=_encoding(dataset),

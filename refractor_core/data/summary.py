@@ -89,14 +89,14 @@ class Audit:
     """What was removed, changed or reported.
 
     Args:
-        rules: (stage, rule, action) → source → rows.
-        samples: (stage, rule, action) → its first rows.
+        rules: (stage, rule) → source → rows.
+        samples: (stage, rule) → its first rows.
         duplicates: rows that name a document that stayed, the most instructive first: near ones, by rising similarity.
         similarities: near-duplicates by hundredths of similarity, int64 [101].
     """
 
-    rules: dict[tuple[str, str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    samples: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    rules: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    samples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     duplicates: list[dict[str, Any]] = field(default_factory=list)
     similarities: np.ndarray = field(default_factory=lambda: np.zeros(101, np.int64))
 
@@ -111,7 +111,7 @@ class Audit:
         return found
 
     def _add(self, row: dict[str, Any]) -> None:
-        key = row["stage"], row["rule"], row.get("action") or "removed"
+        key = row["stage"], row["rule"]
         self.rules[key][row["source"]] += 1
         if len(self.samples[key]) < SAMPLES:
             self.samples[key].append(row)

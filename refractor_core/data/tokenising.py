@@ -37,7 +37,6 @@ FAULTS = 100
 """Takeovers that are told."""
 KEYS = np.dtype([("split", "u1"), ("high", "<u8"), ("low", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 """A document: index into ``split.SPLITS``, the first 128 bits of the SHA-256 of its id, its tokens with EOS, its bytes of text."""
-PROVENANCE = ("id", "source", "path", "url", "license", "domain", "language")
 BATCH_ROWS = 512
 """Rows of a batch of ``rows.arrow``: what is read of it at the least."""
 CHUNK_BYTES = 1 << 20
@@ -166,13 +165,18 @@ def _provenance(reader: PartReader) -> pyarrow.Table:
 
 
 def _write_rows(path: Path, task: TokeniseTask, table: pyarrow.Table, keys: np.ndarray, rows: np.ndarray, texts: _Texts) -> None:
-    table = table.append_column("sha256", column(texts.sha256, pyarrow.string()))
-    table = table.append_column("changed", column(texts.changed, pyarrow.string()))
-    table = table.append_column("tokens", column(keys["tokens"], pyarrow.int64()))
-    table = table.append_column("bytes", column(keys["bytes"], pyarrow.int64()))
+    changed = [",".join(filter(None, both)) for both in zip(table["changed"].to_pylist(), texts.changed, strict=True)]
+    new = {
+        "changed": column(changed, pyarrow.string()),
+        "sha256": column(texts.sha256, pyarrow.string()),
+        "tokens": column(keys["tokens"], pyarrow.int64()),
+        "bytes": column(keys["bytes"], pyarrow.int64()),  # in place of the signal, which was taken before stages changed the text
+    }
     for name, file in task.signals.items():
-        values = np.load(file, mmap_mode="r")[task.segment.first + rows]
-        table = table.append_column(name, column(values, pyarrow.float32()))
+        new[name] = column(np.load(file, mmap_mode="r")[task.segment.first + rows], pyarrow.float32())
+    table = table.drop_columns([name for name in new if name in table.column_names])
+    for name, values in new.items():
+        table = table.append_column(name, values)
     with pyarrow.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)
 

@@ -28,9 +28,9 @@ def remove_contaminated(cleaning: Cleaning, folder: Path) -> None:
         for piece in cleaning.map("overlap", _find):
             for number, shared, found in json.loads((piece / FOUND).read_text(encoding="utf-8")):
                 overlap, document = Overlap(**found), cleaning.corpus.document(number)
-                row = removal(document, "decontamination", f"overlap_{overlap.set}", overlap.ngrams, config.min_overlap)
-                action = "removed" if config.action == "drop" else "reported"
-                audit.add(replace(row, detail=f"{overlap.item}: {shared}", action=action))
+                stage = "decontamination" if config.action == "drop" else "contaminated"
+                row = removal(document, stage, f"overlap_{overlap.set}", overlap.ngrams, config.min_overlap)
+                audit.add(replace(row, detail=f"{overlap.item}: {shared}"))
                 gone.append(number)
     if config.action == "drop":
         np.save(folder / REMOVED, np.array(gone, np.int64))

@@ -31,9 +31,9 @@ def test_overlapping_documents_go_and_their_rows_name_set_and_item(tmp_path: Pat
     config = contaminated(tmp_path)
     dataset = build(config)
     rows = [row for row in dataset.audit().to_pylist() if row["stage"] == "decontamination"]
-    assert [(row["path"].rpartition(":")[2], row["rule"], row["action"]) for row in rows] == [
-        ("4", "overlap_quiz", "removed"),
-        ("8", "overlap_quiz", "removed"),
+    assert [(row["path"].rpartition(":")[2], row["rule"]) for row in rows] == [
+        ("4", "overlap_quiz"),
+        ("8", "overlap_quiz"),
     ]
     assert all(row["value"] == len(QUESTION.split()) - 12 and row["threshold"] == 1 for row in rows)
     assert rows[0]["detail"].startswith(f"{tmp_path}/quiz.jsonl:2: A train leaves Geneva")
@@ -47,7 +47,7 @@ def test_overlapping_documents_go_and_their_rows_name_set_and_item(tmp_path: Pat
 def test_reported_documents_stay(tmp_path: Path) -> None:
     config = contaminated(tmp_path, action="report")
     dataset = build(config)
-    assert [row["action"] for row in dataset.audit().to_pylist()] == ["reported"] * 2
+    assert [row["stage"] for row in dataset.audit().to_pylist()] == ["contaminated"] * 2
     assert dataset.documents().num_rows == 12 and dataset.manifest.sources[0].removed == {} and validate(dataset, config) == []
 
 
