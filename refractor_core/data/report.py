@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from refractor_core import __version__
 from refractor_core.config.run import RunConfig
 from refractor_core.data.audit import CHANGES
 from refractor_core.data.dataset import Dataset
@@ -73,7 +72,6 @@ def write_report(dataset: Dataset, config: RunConfig, findings: Sequence[str] | 
         encoding=_encoding(dataset),
         config=yaml.safe_dump(dataset.manifest.config, sort_keys=False, allow_unicode=True),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
     )
     path = dataset.path / REPORT / PAGE
     path.parent.mkdir(exist_ok=True)
