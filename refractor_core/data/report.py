@@ -188,14 +188,9 @@ def _marked(left: str, right: str) -> tuple[list[tuple[bool, str]], list[tuple[b
 def _mix(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
     """Each stage's sources: share realised, target, tokens, epochs; or why there is none."""
     try:
-        plan = BatchPlan(dataset, config)
-        stages = plan.describe()
+        return {"problem": "", "stages": BatchPlan(dataset, config).describe()}
     except ValueError as error:
         return {"problem": str(error), "stages": []}
-    for stage in stages:
-        for name, own in stage["sources"].items():
-            own.setdefault("target", None if (shares := getattr(plan, "shares", None)) is None else shares[name])
-    return {"problem": "", "stages": stages}
 
 
 def _encoding(dataset: Dataset) -> Mapping[str, Any]:
