@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from refractor_core.config.decontamination import DecontaminationConfig
 from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.quality import FilterConfig, LanguagesConfig, PerplexityConfig
 from refractor_core.config.section import Section
@@ -117,6 +118,8 @@ class DataConfig(Section):
     """Removal of near-duplicates."""
     perplexity: PerplexityConfig = PerplexityConfig()
     """Bands of perplexity within each language and domain."""
+    decontamination: DecontaminationConfig = DecontaminationConfig()
+    """Evaluation data that training must not see."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
     workers: PositiveInt = 1

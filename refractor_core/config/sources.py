@@ -1,8 +1,8 @@
 """Where documents come from: one section per kind of source."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from refractor_core.config.section import Section
 
@@ -15,7 +15,16 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Unique name; provenance and metrics carry it."""
     access: Literal["train", "eval-only", "restricted"] = "train"
-    """Who may read it. Only ``train`` goes into a dataset: the builder refuses the others, and the manifest records it."""
+    """``train``: anyone who trains. ``restricted``: its ``readers`` alone; the manifest records them, and others than the owner and the
+    group cannot open the dataset. ``eval-only``: never in a dataset, the builder refuses it."""
+    readers: tuple[str, ...] = ()
+    """Who may read a restricted source: people or groups, as your rules name them."""
+
+    @model_validator(mode="after")
+    def _restricted_has_readers(self) -> Self:
+        if (self.access == "restricted") != bool(self.readers):
+            raise ValueError("access: restricted and readers belong together: name who may read it, or write access: train")
+        return self
 
 
 class FileSource(Source):

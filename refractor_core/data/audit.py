@@ -43,8 +43,8 @@ class Removal:
     bytes: int | None = None
 
 
-CHANGES = ("mask", "paragraph")
-"""Stages whose rows tell of a document that was changed and stays."""
+CHANGES = ("mask", "paragraph", "contaminated")
+"""Stages whose rows tell of a document that stays: changed, or only reported (``contaminated``)."""
 NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64(), "bytes": pyarrow.int64()}
 SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
 ROWS = 8192

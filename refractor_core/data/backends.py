@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from refractor_core.data.tokenizer import TextTokenizer
+from refractor_core.data.tokenizer import TextTokenizer, byte_characters
 
 Ids = tuple[np.ndarray, np.ndarray]
 """uint32 [tokens], all texts' ids end to end, and int64 [texts], how many each has."""
@@ -117,12 +117,5 @@ def _ranks(content: dict) -> dict[bytes, int]:
     if any(right <= left for left, right in zip(merged, merged[1:])):
         raise Unsuitable("its ids do not follow the order of its merges")
     special = {token["content"] for token in content["added_tokens"]}
-    to_byte = {character: byte for byte, character in _byte_characters().items()}
+    to_byte = {character: byte for byte, character in byte_characters().items()}
     return {bytes(to_byte[c] for c in token): id for token, id in model["vocab"].items() if token not in special}
-
-
-def _byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}

@@ -49,7 +49,7 @@ from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
 from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
-from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample
+from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample, write_encoding
 from refractor_core.data.tokenizer import TextTokenizer, make_tokenizer
 from refractor_core.data.work import KEY, Work, discard, finished, open_work, remove
 
@@ -87,6 +87,7 @@ def build(config: RunConfig, *, force: bool = False, scorer: Scorer | None = Non
     parts = list_parts(config.data.sources)
     try:
         with open_work(target, _key(config)) as work, Pool(workers) as pool:
+            _close(work.folder, config)
             memory = Memory(config.data.memory_limit, pool.processes)
             work.only("read", [part.name for part in parts])
             _Build(config, parts, work, pool, memory, scorer).into(target)
@@ -111,12 +112,18 @@ def _key(config: RunConfig) -> str:
 def _refuse_access(config: RunConfig) -> None:
     """Data that is not for training never reaches a file that training reads."""
     lines = [
-        f"data.sources.{index}.access = {source.access!r} (source {source.name!r}): only sources with access: train are built; remove it"
+        f"data.sources.{index}.access = {source.access!r} (source {source.name!r}): evaluation data is never built; remove it"
         for index, source in enumerate(config.data.sources)
-        if source.access != "train"
+        if source.access == "eval-only"
     ]
     if lines:
         raise ValueError("\n".join(lines))
+
+
+def _close(folder: Path, config: RunConfig) -> None:
+    """Keeps everybody but owner and group out of a folder that holds restricted data."""
+    if any(source.access == "restricted" for source in config.data.sources):
+        folder.chmod(folder.stat().st_mode & ~0o007)
 
 
 def _existing(target: Path, config: RunConfig) -> Dataset | None:
@@ -190,6 +197,7 @@ class _Build:
         self._tokenise(cleaning, tokenizer, lost)
         stages.append(StageEntry(name="tokenise", version=CODE_VERSION))
         with atomic_directory(target) as folder:
+            _close(folder, self._config)
             if self._config.data.deduplication.keep_sketches:
                 keep_sketches(cleaning, folder)
             self._assemble(folder, corpus, audits, funnel, stages)
@@ -288,6 +296,7 @@ class _Build:
         (folder / TOKENIZER).write_bytes((self._work.piece(self._stage, "tokenizer") / TOKENIZER).read_bytes())
         join_audits(folder / AUDIT, audits)
         (folder / MANIFEST).write_text(self._manifest(folder, funnel, stages, entries).text(), encoding="utf-8")
+        write_encoding(folder, pieces)  # after the manifest, which does not know of it: every backend gives the same tokens
 
     def _manifest(self, folder: Path, funnel: Funnel, stages: list[StageEntry], entries: list[dict[str, SplitEntry]]) -> Manifest:
         config = self._config
@@ -299,6 +308,7 @@ class _Build:
                 name=source.name,
                 domain=source.domain,
                 access=source.access,
+                readers=source.readers,
                 read=funnel.read[source.name],
                 removed=funnel.removed(source.name),
                 **splits,

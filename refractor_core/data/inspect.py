@@ -18,13 +18,14 @@ def describe_dataset(dataset: Dataset, config: RunConfig) -> str:
     head = ("source", "domain", "access", "read", "removed", "documents", "tokens", "bytes/token", "held out")
     lines = [f"{dataset.path}: manifest {dataset.sha256[:12]}, Python {dataset.manifest.python_version}, {dataset.manifest.dtype} tokens"]
     lines += [f"differs from the configuration: {change}" for change in dataset.check_config(config)]
-    lines.append("{:<16}{:<12}{:<8}{:>9}{:>9}{:>11}{:>14}{:>13}{:>12}".format(*head))
+    lines.append("{:<16}{:<12}{:<11}{:>9}{:>9}{:>11}{:>14}{:>13}{:>12}".format(*head))
     for source in dataset.manifest.sources:
         train = source.train
         lines.append(
-            f"{source.name:<16}{source.domain:<12}{source.access:<8}{source.read:>9}{sum(source.removed.values()):>9}{train.documents:>11}{train.tokens:>14}"
+            f"{source.name:<16}{source.domain:<12}{source.access:<11}{source.read:>9}{sum(source.removed.values()):>9}{train.documents:>11}{train.tokens:>14}"
             f"{train.bytes / train.tokens:>13.2f}{source.heldout.tokens:>12}"
         )
+    lines += [f"{source.name}: restricted to {', '.join(source.readers)}" for source in dataset.manifest.sources if source.readers]
     plan = BatchPlan(dataset, config)
     lines.append(f"packs in {plan.packs_folder}")
     return "\n".join(lines + describe_stages(plan))

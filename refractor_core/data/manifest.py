@@ -42,6 +42,7 @@ class SourceEntry(_Record):
     name: str
     domain: str
     access: Literal["train", "eval-only", "restricted"] = "train"
+    readers: tuple[str, ...] = ()
     read: int
     removed: dict[str, int]
     train: SplitEntry

@@ -200,11 +200,17 @@ def shingles(text: bytes) -> np.ndarray:
     Args:
         text: UTF-8.
     """
+    words = word_hashes(text)
+    grams = np.empty(len(words), np.uint64)
+    return grams[: _combine(words, len(words), grams)]
+
+
+def word_hashes(text: bytes) -> np.ndarray:
+    """uint64 hashes of a text's words in their order; the text is UTF-8."""
     padded = np.zeros(len(text) + PADDING, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
-    most = len(text) // 2 + 1 if text.isascii() else len(text) + 1
-    words, grams = np.empty(most, np.uint64), np.empty(most, np.uint64)
-    return grams[: _shingles(padded, len(text), words, grams)]
+    found = np.empty(len(text) // 2 + 1 if text.isascii() else len(text) + 1, np.uint64)
+    return found[: _word_hashes(padded, len(text), found)]
 
 
 @cache

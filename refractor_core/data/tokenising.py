@@ -6,11 +6,14 @@ the store's type, and ``rows.arrow``, what ``documents.parquet`` will say of eac
 """
 
 import hashlib
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -28,6 +31,11 @@ from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenizer import TextTokenizer
 from refractor_core.data.work import finished
 
+REPORT = "report"
+"""Folder of a dataset for what is told of it, which its manifest does not vouch for."""
+ENCODING = "encoding.json"
+FAULTS = 100
+"""Takeovers that are told."""
 KEYS = np.dtype([("split", "u1"), ("high", "<u8"), ("low", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 """A document: index into ``split.SPLITS``, the first 128 bits of the SHA-256 of its id, its tokens with EOS, its bytes of text."""
 BATCH_ROWS = 512
@@ -86,11 +94,14 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
     keys, table, rows = keys[order], taken(table, order), rows[order]
     texts, held = _Texts(task.segment), 0
     with finished(task.piece) as folder:
+        told: dict[str, Any] = {"bytes_by": Counter(), "told": [], "passed_over": encoder.passed_over}
         with (folder / "tokens.bin").open("wb") as stream:
             for begin, chunk in texts.chunks(rows):
                 encoded = encoder.encode(chunk)
                 for fault in encoded.told:
                     print(f"tokenise: {fault}; another backend took over", file=sys.stderr)
+                told["bytes_by"].update(encoded.bytes_by)
+                told["told"] += encoded.told
                 keys["tokens"][begin : begin + len(chunk)] = encoded.lengths
                 stream.write(encoded.tokens.astype(token_dtype(task.vocab_size)).tobytes())
                 watch.advance(size := sum(map(len, chunk)))
@@ -98,9 +109,22 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
                 if held >= RELEASED:
                     release()
                     held = 0
+        (folder / ENCODING).write_text(json.dumps(told), encoding="utf-8")
         keys["bytes"] = texts.bytes
         np.save(folder / "keys.npy", keys)
         _write_rows(folder / "rows.arrow", task, table, keys, rows, texts)
+
+
+def write_encoding(dataset: Path, pieces: Sequence[Path]) -> None:
+    """Leaves for the report which backend encoded how much, what was passed over, and what another one had to take over."""
+    total: dict[str, Any] = {"bytes_by": Counter(), "told": [], "passed_over": {}}
+    for piece in pieces:
+        own = json.loads((piece / ENCODING).read_text(encoding="utf-8"))
+        total["bytes_by"].update(own["bytes_by"])
+        total["told"] += own["told"][: FAULTS - len(total["told"])]
+        total["passed_over"] |= own["passed_over"]
+    (dataset / REPORT).mkdir()
+    (dataset / REPORT / ENCODING).write_text(json.dumps(total, indent=1, sort_keys=True), encoding="utf-8")
 
 
 @lru_cache(1)

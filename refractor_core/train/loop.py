@@ -12,6 +12,7 @@ from refractor_core.checkpoint import Checkpoint, Damage, DamagedCheckpoint, wri
 from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.config.model import RopeScalingConfig
 from refractor_core.data import BatchPlan, Dataset
+from refractor_core.data.validate import quick
 from refractor_core.optim.robbins_monro import check
 from refractor_core.optim.schedule import Schedule
 from refractor_core.telemetry.records import read_status
@@ -158,6 +159,8 @@ def preflight(config: RunConfig, directory: RunDirectory) -> BatchPlan:
     if differences:
         mend = "rebuild it with 'refractor data build --force', or restore the config"
         raise ConfigError([Problem("data.dir", config.data.dir, f"holds a dataset of another config ({'; '.join(differences)}); {mend}")])
+    if findings := quick(dataset, config):
+        raise ValueError(f"{dataset.path}: not sound:\n  " + "\n  ".join(findings))
     plan = BatchPlan(dataset, config)
     for checkpoint in reversed(Checkpoint.listed(directory.checkpoints)):
         try:

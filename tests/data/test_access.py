@@ -13,13 +13,36 @@ from refractor_core.data.validate import validate
 from tests.data.corpora import run_config, words, write_corpus
 
 
-@pytest.mark.parametrize("access", ["eval-only", "restricted"])
-def test_data_that_is_not_for_training_is_refused(tmp_path: Path, access: str) -> None:
+def test_evaluation_data_is_refused(tmp_path: Path) -> None:
     sources = write_corpus(tmp_path / "corpus")
-    sources[1]["access"] = access
-    with pytest.raises(ValueError, match=rf"data\.sources\.1\.access = '{access}' \(source 'web'\)"):
+    sources[1]["access"] = "eval-only"
+    with pytest.raises(ValueError, match=r"data\.sources\.1\.access = 'eval-only' \(source 'web'\)"):
         build(run_config(tmp_path / "dataset", sources))
     assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize("change", [{"access": "restricted"}, {"readers": ["group:med"]}])
+def test_restricted_data_names_its_readers(tmp_path: Path, change: dict) -> None:
+    sources = write_corpus(tmp_path / "corpus")
+    sources[1] |= change
+    with pytest.raises(ValueError, match="access: restricted and readers belong together"):
+        run_config(tmp_path / "dataset", sources)
+
+
+def test_restricted_data_is_recorded_and_closed_to_others(tmp_path: Path) -> None:
+    sources = write_corpus(tmp_path / "corpus")
+    sources[1] |= {"access": "restricted", "readers": ["group:med", "ann"]}
+    config = run_config(tmp_path / "dataset", sources)
+    dataset = build(config)
+    assert [source.readers for source in dataset.manifest.sources] == [(), ("group:med", "ann")]
+    assert {(row["source"], row["access"]) for row in dataset.documents().to_pylist()} == {("books", "train"), ("web", "restricted")}
+    assert dataset.path.stat().st_mode & 0o007 == 0 and validate(dataset, config) == []
+    assert "web: restricted to group:med, ann" in describe_dataset(dataset, config)
+    forgotten = dataset.manifest.model_copy(
+        update={"sources": tuple(source.model_copy(update={"readers": ()}) for source in dataset.manifest.sources)}
+    )
+    findings = validate(Dataset(dataset.path, forgotten, "0" * 64), config)
+    assert findings == ["manifest: source 'web' is restricted, not for training"]
 
 
 def test_access_and_address_are_recorded(tmp_path: Path) -> None:
@@ -42,4 +65,4 @@ def test_a_dataset_that_holds_other_data_is_found_out(copy) -> None:
     table = table.set_column(table.schema.get_field_index("access"), "access", pyarrow.array(marked))
     pyarrow.parquet.write_table(table, folder / "documents.parquet")
     findings = validate(Dataset(folder, Manifest.read(folder), "0" * 64), config)
-    assert any("not for training, of web" in finding for finding in findings)
+    assert any("access is not what the manifest says, of web" in finding for finding in findings)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,13 @@ def test_decode_undoes_encode_for_any_text(texts: list[str]) -> None:
     for text, tokens in zip(texts, TOKENIZER.encode(texts)):
         assert tokens[-1] == TOKENIZER.eos_id and TOKENIZER.eos_id not in tokens[:-1]
         assert TOKENIZER.decode(tokens) == text
+        assert TOKENIZER.decode_bytes(tokens) == text.encode()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 399), max_size=20))
+def test_any_tokens_decode_to_the_same_bytes(tokens: list[int]) -> None:
+    assert TOKENIZER.decode_bytes(np.array(tokens, np.uint16)) == TOKENIZER.decode(tokens).encode()
 
 
 def test_text_that_spells_the_special_token_stays_text(tmp_path: Path) -> None:

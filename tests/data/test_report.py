@@ -1,0 +1,101 @@
+"""The report tells what the tables hold, and no document can do anything in it."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from refractor_core.cli.main import main
+from refractor_core.config import RunConfig
+from refractor_core.config.loading import dump
+from refractor_core.data import Dataset, build
+from refractor_core.data.report import _marked, visible, write_report
+from tests.data.corpora import run_config, words, write_jsonl
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \u202egnp.exe \x07\u200b &amp; {{ 7*7 }}"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Dataset, RunConfig]:
+    folder = tmp_path_factory.mktemp("report")
+    texts = [words(number, 200) for number in range(12)]
+    near = texts[0].replace(texts[0].split()[20], "different", 1)
+    write_jsonl(folder / "web.jsonl", [*texts, near, texts[1], HOSTILE], license=HOSTILE)
+    (folder / "books").mkdir()
+    for number in range(30, 34):
+        (folder / "books" / f"{number}.txt").write_text(words(number, 150))
+    sources = [
+        {"name": "web", "kind": "jsonl", "path": str(folder / "web.jsonl")},
+        {"name": "books", "kind": "text", "path": f"{folder}/books/*.txt"},
+    ]
+    config = run_config(folder / "dataset", sources, data__heldout_share=0.1)
+    dataset = build(config)
+    return write_report(dataset, config, []).read_text(encoding="utf-8"), dataset, config
+
+
+class Parser(HTMLParser):
+    """Every tag and attribute of a page, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_it_shows_every_source_stage_and_rule(page: tuple[str, Dataset, RunConfig]) -> None:
+    html, dataset, _ = page
+    text = " ".join(" ".join(Parser(html).words).split())
+    for source in dataset.manifest.sources:
+        assert source.name in text and f"{source.read}" in text
+    for row in dataset.audit().to_pylist():
+        assert row["rule"] in text and row["stage"] in text
+    assert "sound" in text and "Near-duplicates by similarity" in text and dataset.sha256[:12] in text
+    assert "gigatoken" in text and "and agreed" in text
+
+
+def test_documents_are_only_text_in_it(page: tuple[str, Dataset, RunConfig]) -> None:
+    html = page[0]
+    parsed = Parser(html)
+    assert not parsed.tags & {"script", "img", "iframe", "object"} and not any(name.startswith("on") for name in parsed.attributes)
+    assert "&lt;script&gt;alert(1)" in html and "{{ 7*7 }}" in html
+    assert not set("\u202e\x07\u200b") & set(html) and "⟨202E⟩" in html
+    assert not re.search(r"(src|href)=.(https?:)?//", html) and "default-src 'none'" in html
+
+
+def test_differences_are_marked_on_both_sides() -> None:
+    left, right = _marked("one two three four", "one zwei three four and more")
+    assert left == [(False, "one "), (True, "two"), (False, " three four")]
+    assert right == [(False, "one "), (True, "zwei"), (False, " three four")]
+
+
+def test_what_is_hidden_is_spelled_out() -> None:
+    assert visible("a\u200bb\u2066c\n\td") == "a⟨200B⟩b⟨2066⟩c\n\td"
+
+
+def test_findings_lead(page: tuple[str, Dataset, RunConfig]) -> None:
+    _, dataset, config = page
+    html = write_report(dataset, config, ["train/web.bin: <b>bad</b>"]).read_text(encoding="utf-8")
+    assert "1 findings" in html and "train/web.bin: &lt;b&gt;bad" in html
+
+
+def test_it_is_no_part_of_the_dataset_and_the_commands_write_it(
+    page: tuple[str, Dataset, RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _, dataset, config = page
+    (tmp_path / "run.yaml").write_text(dump(config))
+    path = dataset.path / "report" / "report.html"
+    for command in (["build"], ["inspect", "--report"], ["validate"]):
+        path.unlink()
+        assert main(["data", command[0], str(tmp_path / "run.yaml"), *command[1:]]) == 0
+        assert str(path) in capsys.readouterr().out and path.exists()
+    assert Dataset.open(dataset.path, verify=True).sha256 == dataset.sha256
