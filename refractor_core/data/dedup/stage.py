@@ -87,4 +87,5 @@ def _write_removals(folder: Path, cleaning: Cleaning, ids: np.ndarray, exact: Du
     with AuditWriter(folder / AUDIT) as audit:
         for place, (number, name, path) in zip(order.tolist(), named(cleaning, removed[order])):
             told = ("exact", "normal_form", 1.0, None) if place < len(exact) else ("near", "jaccard", float(similarity[place]), threshold)
-            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, f"{ids[twins[place]]:016x}", texts.beginning(number)))
+            twin = f"{ids[twins[place]]:016x}"
+            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, twin, texts.beginning(number), len(texts(number))))
