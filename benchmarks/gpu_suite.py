@@ -105,7 +105,13 @@ def _write(rows: list[dict], args: argparse.Namespace, seconds: float) -> None:
     if folder is None:
         return
     stem = "gpu_suite_rehearsal" if args.rehearse else "gpu_suite"
-    figures = {"rehearsal": args.rehearse, "seconds": round(seconds), "rows": rows, "goals": report.goals(rows)}
+    figures = {
+        "rehearsal": args.rehearse,
+        "seconds": round(seconds),
+        "formulas": report.FORMULAS,
+        "rows": rows,
+        "goals": report.goals(rows),
+    }
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "sonic-moe", "flash-attn-4", "nvidia-cutlass-dsl")
     record.write_result(stem, figures, packages, folder)
     report.draw(rows, folder, stem)

@@ -8,6 +8,21 @@ INEXACT = ("cut-cross-entropy filtered", "cut-cross-entropy", "liger")
 """Output heads that filter gradients, or add chunks up in 16 bits."""
 
 
+FORMULAS = {
+    "experts": "FLOPs: 6·T·K·D·F forward, 18·T·K·D·F both; routing not counted and not timed",
+    "attention": "FLOPs per head and seen pair: 4·D forward, 14·D both; making masks is timed",
+    "linear + cross-entropy": "FLOPs: 2·T·V·D forward, 6·T·V·D both, whatever is made again",
+    "training step": "FLOPs: (6·N + 6·L·S·H·D) per token, N without embedding, experts by top-k / E; MFU of 989e12 on an H100",
+    "RMSNorm": "bytes: 4·R·D forward, 10·R·D both",
+    "RMSNorm with residual": "bytes: 8·R·D forward, 16·R·D both",
+    "SwiGLU": "bytes: 6·R·F forward, 16·R·F both",
+    "rotary": "bytes: 4·B·S·H·D + 4·S·D forward, twice that both",
+    "AdamW": "bytes per parameter: 30 ours (bf16 weights too), 28 torch's",
+    "copy": "bytes: read and written",
+}
+"""What every rate is made of."""
+
+
 def _figure(rows: Rows, work: str, case: str, contender: str, key: str, right: bool = True) -> float | None:
     for row in rows:
         if (row["work"], row["case"], row["contender"]) == (work, case, contender) and key in row and (not right or row["status"] == "ok"):

@@ -2,7 +2,8 @@
 
 An op has a fake where its reference, a formula for every device, would hold more than a kernel does. The others' references run on the meta
 device as they are.
-Legend: B batch, S sequence, H query heads, D width of queries and keys, E width of values.
+Legend: B batch, S sequence, H query heads, D width of queries and keys, E width of values; of the output head: T tokens, V vocabulary,
+D model, C columns of a chunk.
 """
 
 import torch
@@ -62,3 +63,40 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, with the log-sum-exp."""
     return _Attention.apply(q_BSHD, k_BSGD, v_BSGE)
+
+
+HEAD_BUFFER, HEAD_COLUMNS, HEAD_SUMS = 1 << 26, 1024, 2048
+"""Of the output head's kernels: gradients of logits that exist at a time; words that a chunk of them has at least, or its products would
+leave most of a GPU idle (above 65,536 tokens the buffer grows); words that one partial sum is of."""
+
+
+def head_chunk(tokens: int, vocabulary: int) -> int:
+    """Columns of a chunk of the gradients of logits: a multiple of a tile's, for TMA."""
+    return min(max(HEAD_BUFFER // tokens, HEAD_COLUMNS) // 256 * 256, -(-vocabulary // 8) * 8)
+
+
+class _HeadPartials(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, w_VD, labels_T):
+        wide = check.at_least_float32(x_TD.new_empty(0))
+        partial = wide.new_empty(2, -(-len(w_VD) // HEAD_SUMS), len(x_TD))
+        max_T, sum_T, target_T = (wide.new_empty(len(x_TD)) for _ in range(3))
+        del partial
+        ctx.save_for_backward(x_TD, w_VD, labels_T, max_T)
+        ctx.mark_non_differentiable(max_T)
+        return max_T, sum_T, target_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad_sum_T, grad_target_T):
+        x_TD, w_VD, _, max_T = ctx.saved_tensors
+        width = head_chunk(max(len(x_TD), 1), len(w_VD))
+        buffer_TC, grad_w = x_TD.new_empty(len(x_TD), width), torch.empty_like(w_VD)
+        grad_x = x_TD.new_empty(x_TD.shape, dtype=x_TD.dtype if width >= len(w_VD) else max_T.dtype)
+        del buffer_TC
+        return grad_x.to(x_TD.dtype), grad_w, None
+
+
+def linear_cross_entropy_partials(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk of the gradients of logits, and a sum of x's gradient in float32."""
+    return _HeadPartials.apply(x_TD, w_VD, labels_T)

@@ -252,7 +252,12 @@ def span_attention_backward(
     op = "span_attention_backward"
     _check(op, q_BSHD, k_BKGD, v_BKGE, first_BS, last_BS)
     spec = "grad_out_BSHE:BSHE out_BSHE:BSHE lse_BHS:BHS q_BSHD:BSHD v_BKGE:BKGE"
-    check.shapes(op, spec, grad_out_BSHE=grad_out_BSHE, out_BSHE=out_BSHE, lse_BHS=lse_BHS, q_BSHD=q_BSHD, v_BKGE=v_BKGE)
+    others = {"grad_out_BSHE": grad_out_BSHE, "out_BSHE": out_BSHE, "lse_BHS": lse_BHS}
+    check.shapes(op, spec, **others, q_BSHD=q_BSHD, v_BKGE=v_BKGE)
+    for name, tensor in others.items():
+        if tensor.device != q_BSHD.device or tensor.dtype not in check.FLOATS:
+            expected = f"a floating dtype on {q_BSHD.device} like q_BSHD"
+            raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, expected {expected}")
     scale = 1 / math.sqrt(max(q_BSHD.shape[-1], 1)) if scale is None else scale
     tensors = (grad_out_BSHE, None, q_BSHD, k_BKGD, v_BKGE, out_BSHE, lse_BHS, first_BS, last_BS)
     return _SPAN_ATTENTION_BACKWARD(backend, *tensors, scale=scale)

@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     validate.add_argument("--full", action="store_true", help="decode every document too")
     inspect = actions.add_parser("inspect", help="what a dataset holds, and what each stage of the curriculum will read")
     inspect.add_argument("--removed", action="store_true", help="what was removed, by rule, with samples")
+    inspect.add_argument("--funnel", action="store_true", help="documents, bytes and tokens of each source after each stage")
     inspect.add_argument("--document", metavar="ID", help="one document's provenance and text, or why it was removed")
     inspect.add_argument("--batch", metavar="STEP", type=int, help="the sequences of one step, as text")
     for action in (build, validate, inspect):
@@ -28,14 +29,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries it out; exit code 0, or 1 where validation has findings."""
     from refractor_core.config.loading import load_run
-    from refractor_core.data import Dataset, build
-    from refractor_core.data.inspect import describe_batch, describe_dataset, describe_document, describe_removed
-    from refractor_core.data.validate import validate
 
     config = load_run(args.config, args.overrides)
-    if args.action == "build":
-        build(config, force=args.force)
+    if args.action == "build":  # without what the other actions need: torch alone is 120 MB of its memory
+        from refractor_core.data.builder import build
+
+        scorer = None
+        if config.data.perplexity.backend == "checkpoint":
+            from refractor_core.evaluation.perplexity import checkpoint_scorer
+
+            scorer = checkpoint_scorer(config.data.perplexity)
+        build(config, force=args.force, scorer=scorer)
         return 0
+    from refractor_core.data.dataset import Dataset
+    from refractor_core.data.inspect import describe_batch, describe_dataset, describe_document, describe_funnel, describe_removed
+    from refractor_core.data.validate import validate
+
     dataset = Dataset.open(config.data.dir, verify=args.action == "validate")
     if args.action == "validate":
         findings = validate(dataset, config, full=args.full)
@@ -43,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
             print(finding, file=sys.stderr)
         print(f"{dataset.path}: {f'{len(findings)} findings' if findings else 'sound'}")
         return 1 if findings else 0
-    if args.removed:
+    if args.funnel:
+        print(describe_funnel(dataset))
+    elif args.removed:
         print(describe_removed(dataset, SAMPLES))
     elif args.document is not None:
         print(describe_document(dataset, args.document, SHOWN))

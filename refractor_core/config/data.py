@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
-from refractor_core.config.quality import FilterConfig, LanguagesConfig
+from refractor_core.config.quality import FilterConfig, LanguagesConfig, PerplexityConfig
 from refractor_core.config.section import Section
 from refractor_core.config.sources import SourceConfig
 
@@ -115,6 +115,8 @@ class DataConfig(Section):
     """Which languages stay."""
     deduplication: DeduplicationConfig = DeduplicationConfig()
     """Removal of near-duplicates."""
+    perplexity: PerplexityConfig = PerplexityConfig()
+    """Bands of perplexity within each language and domain."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
     workers: PositiveInt = 1

@@ -90,17 +90,24 @@ class LanguagesConfig(Section):
 
 
 class PerplexityConfig(Section):
-    """How surprising a document is to a model of its own language and domain, and which thirds of the documents stay."""
+    """How surprising a document is to a model of its own language and domain, and which bands of the documents stay.
+
+    By default all do: a corpus that scores itself finds what is unlike the rest, which is noise in one corpus and the best of another.
+    """
 
     backend: Literal["none", "ngram", "kenlm", "checkpoint"] = "ngram"
     """Who scores: nobody; n-grams counted on a sample of the corpus itself; a KenLM model; a REFRACTOR or Hugging Face checkpoint."""
     path: str | None = None
-    """The KenLM file or the checkpoint."""
+    """The KenLM file, in which ``{language}`` stands for the document's language, or the checkpoint."""
+    tokenizer_path: str | None = None
+    """``checkpoint``: the ``tokenizer.json`` that its model was trained with."""
+    max_bytes: PositiveInt = 1_000_000
+    """Beginning of a document that is scored; what follows it is not read."""
     reference_bytes: PositiveInt = 8_000_000
     """``ngram``: text that is counted per language and domain, chosen by the documents' hashes."""
     quantiles: tuple[float, float] = (0.3, 0.6)
     """Shares of a group's documents in the head, and in head and middle together."""
-    keep: tuple[Literal["head", "middle", "tail"], ...] = ("head", "middle", "tail")
+    keep: tuple[Literal["head", "middle", "tail"], ...] = Field(("head", "middle", "tail"), min_length=1)
     """Bands that stay."""
     min_documents: PositiveInt = 200
     """Groups (language and domain) of fewer documents are not cut into bands and stay whole."""

@@ -274,6 +274,20 @@ def filter_rules(config: RunConfig, world_size: int | None) -> Iterator[Problem]
                 yield Problem(f"{key}.min", rule.min, f"must be at most max = {rule.max:g}, else no document passes")
 
 
+def perplexity_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    perplexity = config.data.perplexity
+    needed = {"path": perplexity.backend in ("kenlm", "checkpoint"), "tokenizer_path": perplexity.backend == "checkpoint"}
+    for name, wanted in needed.items():
+        value = getattr(perplexity, name)
+        if wanted != (value is not None):
+            told = "is needed" if wanted else "has no use"
+            yield Problem(f"data.perplexity.{name}", value, f"{told} with backend: {perplexity.backend}")
+    low, high = perplexity.quantiles
+    if not 0 < low < high < 1:
+        expected = "expected two shares between 0 and 1, the first below the second"
+        yield Problem("data.perplexity.quantiles", list(perplexity.quantiles), expected)
+
+
 def bands(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     for name in ("load_balance", "z_loss", "regret"):
         objective = getattr(config.objectives, name, None)  # absent if the schema refused the section
@@ -309,6 +323,7 @@ RULES: tuple[Rule, ...] = (
     warmup_fits,
     vocabulary,
     filter_rules,
+    perplexity_fits,
     bands,
     averaged_weights,
 )

@@ -4,6 +4,7 @@
 imported when asked for: a process that builds never imports torch, which would cost it 250 MB.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from refractor_core.data.builder import build
     from refractor_core.data.dataset import Dataset
     from refractor_core.data.order import BatchPlan
+
+# Before pyarrow is loaded, which reads it once: its own allocator keeps what it frees, 100 MB by the end of a build.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 __all__ = ["IGNORE", "Batch", "BatchPlan", "Dataset", "build"]
 

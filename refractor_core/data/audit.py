@@ -28,6 +28,7 @@ class Removal:
         threshold: what it was held against.
         twin: id of the document that stayed in its place.
         detail: for the reader: the error's words, or the beginning of the text.
+        bytes: what went, in UTF-8: the document, or of one that stays what it lost.
     """
 
     document: str
@@ -39,11 +40,12 @@ class Removal:
     threshold: float | None = None
     twin: str | None = None
     detail: str = ""
+    bytes: int | None = None
 
 
 CHANGES = ("mask", "paragraph")
 """Stages whose rows tell of a document that was changed and stays."""
-NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
+NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64(), "bytes": pyarrow.int64()}
 SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
 ROWS = 8192
 """Rows of a row group."""

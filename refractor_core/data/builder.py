@@ -7,7 +7,6 @@ tokenizer; tokenise segments (``tokenising``); assemble stores and tables (``ass
 
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from refractor_core.config.run import RunConfig
 from refractor_core.data.assembling import Assembler
 from refractor_core.data.audit import join_audits
 from refractor_core.data.cleaning import AUDIT as STAGE_AUDIT
-from refractor_core.data.cleaning import Cleaning
+from refractor_core.data.cleaning import Cleaning, Scorer
 from refractor_core.data.corpus import Corpus
 from refractor_core.data.dataset import AUDIT, TOKENIZER, UNIGRAM, Dataset
 from refractor_core.data.dedup.stage import keep_sketches
@@ -41,23 +40,24 @@ from refractor_core.data.manifest import (
     hash_file,
     python_version,
 )
-from refractor_core.data.memory import Memory
+from refractor_core.data.memory import Memory, readable, release, workers_within
 from refractor_core.data.parts import SEGMENT, Part, list_parts
 from refractor_core.data.pool import Pool, Watch
 from refractor_core.data.progress import stage_bar
+from refractor_core.data.quality import language
 from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
 from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample
 from refractor_core.data.tokenizer import TextTokenizer, make_tokenizer
-from refractor_core.data.work import Work, discard, finished, open_work
+from refractor_core.data.work import KEY, Work, discard, finished, open_work, remove
 
 TRAINING_SAMPLE = 8_000_000
 """Bytes of text that the tokenizer is trained on: the documents that come first in the stores' order, over all sources."""
 
 
-def build(config: RunConfig, *, force: bool = False) -> Dataset:
+def build(config: RunConfig, *, force: bool = False, scorer: Scorer | None = None) -> Dataset:
     """Builds the dataset that ``config.data`` describes into ``data.dir``, or returns the one that is there already.
 
     Equal inputs, configuration and code give equal bytes, whatever the number of workers, the memory limit, and however often the build was
@@ -66,6 +66,7 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
 
     Args:
         force: builds anew and replaces a dataset that is there.
+        scorer: what ``data.perplexity.backend: checkpoint`` scores by.
 
     Raises:
         ValueError: a source, the tokenizer or the corpus is unusable, ``data.dir`` holds something else, or another process builds there.
@@ -80,12 +81,15 @@ def build(config: RunConfig, *, force: bool = False) -> Dataset:
         return existing
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"data.dir = {config.data.dir!r}: holds something that is not a dataset; choose another directory or empty it")
+    workers = workers_within(config.data)
+    if workers < config.data.workers:
+        _say(f"data.memory_limit = {readable(config.data.memory_limit)} has room for {workers} of {config.data.workers} workers")
     parts = list_parts(config.data.sources)
     try:
-        with open_work(target, _key(config)) as work, Pool(config.data.workers) as pool:
+        with open_work(target, _key(config)) as work, Pool(workers) as pool:
             memory = Memory(config.data.memory_limit, pool.processes)
             work.only("read", [part.name for part in parts])
-            _Build(config, parts, work, pool, memory).into(target)
+            _Build(config, parts, work, pool, memory, scorer).into(target)
             discard(work)
     except OSError as error:
         reason = error.strerror or error
@@ -155,17 +159,18 @@ def _poisoned(task: _ReadTask, item: str, reason: str) -> _ReadTask:
 class _Build:
     """One build at work."""
 
-    def __init__(self, config: RunConfig, parts: Sequence[Part], work: Work, pool: Pool, memory: Memory):
-        self._config, self._parts, self._work, self._pool, self._memory = config, parts, work, pool, memory
+    def __init__(self, config: RunConfig, parts: Sequence[Part], work: Work, pool: Pool, memory: Memory, scorer: Scorer | None):
+        self._config, self._parts, self._work, self._pool, self._memory, self._scorer = config, parts, work, pool, memory, scorer
         inputs = hashlib.sha256("\n".join(part.name for part in parts).encode()).hexdigest()[:16]
         self._stage = f"all-{inputs}"  # of what is made from all parts together
+        work.only(".", ["read", self._stage, KEY])
 
     def into(self, target: Path) -> None:
         """Everything, from files to a dataset at ``target``."""
         self._read_parts()
         corpus, pieces = self._corpus()
         kept, folder = np.ones(len(corpus), bool), self._work.folder / self._stage
-        cleaning = Cleaning(self._config.data, corpus, kept, self._pool, self._memory, folder)
+        cleaning = Cleaning(self._config.data, corpus, kept, self._pool, self._memory, folder, self._scorer)
         audits = [piece / STAGE_AUDIT for piece in pieces]
         stages = [StageEntry(name="read", version=CODE_VERSION)]
         for stage in STAGES:
@@ -175,6 +180,7 @@ class _Build:
                     with finished(piece) as folder:
                         stage.run(cleaning, folder)
                 cleaning.take(stage.name, piece)
+                release()
                 audits.append(piece / STAGE_AUDIT)
                 stages.append(StageEntry(name=stage.name, version=stage.version, facts=cleaning.facts[stage.name]))
         audits = [path for path in audits if path.exists()]
@@ -192,6 +198,8 @@ class _Build:
         tasks = [_ReadTask(part, piece, self._config) for part in self._parts if not self._is_read(piece := self._read_piece(part))]
         with stage_bar("read", sum(task.part.bytes for task in tasks), "B", self._memory) as advance:
             self._pool.map(_read, tasks, advance, _poisoned)
+        language.forget()
+        release()
 
     def _read_piece(self, part: Part) -> Path:
         return self._work.piece("read", part.name)
@@ -199,7 +207,7 @@ class _Build:
     def _is_read(self, piece: Path) -> bool:
         """Whether a part is read, and as ``data.on_error`` wants it."""
         if piece.exists() and self._config.data.on_error == "stop" and has_faults(piece):
-            shutil.rmtree(piece)
+            remove(piece)
         return piece.exists()
 
     def _corpus(self) -> tuple[Corpus, tuple[Path, ...]]:
@@ -271,7 +279,7 @@ class _Build:
         total = sum((piece / "tokens.bin").stat().st_size for piece in pieces) // dtype.itemsize
         entries = []
         with stage_bar("assemble", total, "tok", self._memory) as advance:
-            room = self._memory.room() // 2
+            room = self._memory.room() // 4
             with Assembler(folder, dtype, self._config.model.vocab_size, room, advance) as assembler:
                 for index, source in enumerate(self._config.data.sources):
                     own = [piece for piece, number in zip(pieces, corpus.sources.tolist()) if number == index]

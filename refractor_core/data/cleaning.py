@@ -14,7 +14,7 @@ only take how much it handles at a time. What it finds segment by segment it mak
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from refractor_core.data.work import finished
 AUDIT = "audit.parquet"
 REMOVED = "removed.npy"
 FACTS = "facts.json"
+Scorer = Callable[[Sequence[str]], Sequence[float]]
+"""Texts to their perplexities, NaN for what cannot be scored."""
 SegmentWork = Callable[[Segment, DataConfig, Path, Watch], None]
 """Makes the piece of one segment in an empty folder; a function of a module's top level. It tells the watch the bytes that are done."""
 
@@ -45,6 +47,7 @@ class Cleaning:
         kept: bool [len(corpus)]: who is still in. Stages do not write to it.
         pool, memory: to work in.
         folder: where the pieces of segments lie.
+        scorer: perplexities of texts, for the backend that this room cannot load itself.
     """
 
     config: DataConfig
@@ -53,6 +56,7 @@ class Cleaning:
     pool: Pool
     memory: Memory
     folder: Path
+    scorer: Scorer | None = None
     signals: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 

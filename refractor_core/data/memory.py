@@ -1,10 +1,15 @@
 """How much memory a build may take, and takes: proportional set size, which counts a page that processes share once."""
 
+import ctypes
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+
+from refractor_core.config.data import DataConfig
+from refractor_core.config.sources import FileSource
 
 LEAST = 16 << 20
 """Bytes that a step gets even where no room is left: progress is better than a promise kept to the byte."""
@@ -22,6 +27,34 @@ def _held(process: int) -> int:
     except (OSError, StopIteration):
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return own if process == os.getpid() and not os.path.isdir("/proc") else 0
+
+
+MAIN_BYTES = 400 << 20
+"""Memory of the process that builds, beside documents: libraries and compiled kernels (130 MiB of them files), models of languages, what a
+stage holds at a time; measured."""
+WORKER_BYTES = 224 << 20
+"""The same of a worker, less the pages that it shares."""
+DOCUMENT_FACTOR = 28
+"""Memory that a document of one byte takes at its worst, when it is tokenised: as many tokens as bytes, measured on Chinese."""
+
+
+def workers_within(config: DataConfig) -> int:
+    """How many of ``data.workers`` can run inside ``data.memory_limit``, each with a document of the largest size that a source allows.
+
+    Raises:
+        ValueError: not even one.
+    """
+    sizes = [source.max_document_bytes if isinstance(source, FileSource) else 0 for source in config.sources]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    needed = DOCUMENT_FACTOR * sizes[largest]
+    if MAIN_BYTES + needed > config.memory_limit:
+        fitting = max(0, config.memory_limit - MAIN_BYTES) // DOCUMENT_FACTOR
+        raise ValueError(
+            f"data.memory_limit = {readable(config.memory_limit)}: a build may take {readable(MAIN_BYTES + needed)}, since a document of "
+            f"data.sources.{largest} may have max_document_bytes = {sizes[largest]}; raise the limit"
+            + (f", or lower max_document_bytes to {fitting}" if fitting else "")
+        )
+    return max(1, min(config.workers, (config.memory_limit - MAIN_BYTES) // (WORKER_BYTES + needed)))
 
 
 @dataclass(frozen=True)
@@ -43,6 +76,12 @@ class Memory:
     def room(self) -> int:
         """Bytes that a step in this process may add to what is held now. What it sizes by them must not change a result."""
         return max(LEAST, self.limit - self.used())
+
+
+def release() -> None:
+    """Gives free pages back to the system, where the C library can; between stages, since what comes next needs other memory."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def readable(size: float) -> str:

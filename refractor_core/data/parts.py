@@ -40,7 +40,7 @@ from refractor_core.data.sources.files import SourceFile
 
 PART_BYTES = 64 << 20
 """Input of a part, packed as it is on disk; a larger file is a part by itself."""
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 1 << 20
 """Text of a record batch; a larger document is a batch by itself."""
 BATCH_ROWS = 4096
 SEGMENT_BYTES = 64 << 20

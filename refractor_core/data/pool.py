@@ -208,6 +208,17 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
 
 
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent, with the traceback as a note."""
+    note = "".join(traceback.format_tb(error.__traceback__))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error
+
+
 def _serve(connection: Connection) -> None:
     """A worker's life: until the parent closes the connection, or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
@@ -220,8 +231,7 @@ def _serve(connection: Connection) -> None:
         try:
             answer = ("done", function(task, _There(connection)))
         except Exception as error:
-            error.add_note("".join(traceback.format_tb(error.__traceback__)))
-            answer = ("error", error)
+            answer = ("error", _portable(error))
         try:
             connection.send(answer)
         except OSError:

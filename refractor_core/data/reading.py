@@ -5,6 +5,7 @@ that they are read once: screening by rules, signals and language (``screen.scre
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from refractor_core.config.data import DataConfig
@@ -44,7 +45,7 @@ def read_part(part: Part, config: DataConfig, folder: Path, watch: Watch, poison
                 if broken is None:
                     writer.add(document, screened.language, screened.signals, "mask" if screened.masked else "")
                     for rule, count in screened.masked.items():
-                        audit.add(removal(document, "mask", rule, count, None))
+                        audit.add(replace(removal(document, "mask", rule, count, None), bytes=None))
                 else:
                     audit.add(removal(document, "filter", broken.rule, broken.value, broken.threshold))
 
@@ -97,7 +98,8 @@ def unreadable(item: Unreadable) -> Removal:
 
 def removal(document: Document, stage: str, rule: str, value: float, threshold: float | None, twin: str | None = None) -> Removal:
     """The audit row of a document that goes."""
-    return Removal(document.id, document.source, document.path, stage, rule, value, threshold, twin, document.text[:EXCERPT])
+    size = len(document.encoded)
+    return Removal(document.id, document.source, document.path, stage, rule, value, threshold, twin, document.text[:EXCERPT], size)
 
 
 def has_faults(piece: Path) -> bool:

@@ -20,6 +20,7 @@ from refractor_core.data.columns import column, taken
 from refractor_core.data.corpus import Corpus, Segment
 from refractor_core.data.encoder import Encoder
 from refractor_core.data.manifest import hash_file
+from refractor_core.data.memory import release
 from refractor_core.data.parts import PartReader
 from refractor_core.data.pool import Watch
 from refractor_core.data.split import chosen
@@ -31,7 +32,9 @@ KEYS = np.dtype([("split", "u1"), ("high", "<u8"), ("low", "<u8"), ("tokens", "<
 """A document: index into ``split.SPLITS``, the first 128 bits of the SHA-256 of its id, its tokens with EOS, its bytes of text."""
 BATCH_ROWS = 512
 """Rows of a batch of ``rows.arrow``: what is read of it at the least."""
-CHUNK_BYTES = 1 << 20
+RELEASED = 16 << 20
+"""Text after which free memory goes back to the system: encoders leave a lot of it in pieces."""
+CHUNK_BYTES = 1 << 18
 """Text that is tokenised together."""
 
 
@@ -81,7 +84,7 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
     keys["split"] = [path in task.given_up or chosen(path, task.heldout_share) for path in paths]
     order = np.lexsort((keys["low"], keys["high"], keys["split"]))
     keys, table, rows = keys[order], taken(table, order), rows[order]
-    texts = _Texts(task.segment)
+    texts, held = _Texts(task.segment), 0
     with finished(task.piece) as folder:
         with (folder / "tokens.bin").open("wb") as stream:
             for begin, chunk in texts.chunks(rows):
@@ -90,7 +93,11 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
                     print(f"tokenise: {fault}; another backend took over", file=sys.stderr)
                 keys["tokens"][begin : begin + len(chunk)] = encoded.lengths
                 stream.write(encoded.tokens.astype(token_dtype(task.vocab_size)).tobytes())
-                watch.advance(sum(map(len, chunk)))
+                watch.advance(size := sum(map(len, chunk)))
+                held += size
+                if held >= RELEASED:
+                    release()
+                    held = 0
         keys["bytes"] = texts.bytes
         np.save(folder / "keys.npy", keys)
         _write_rows(folder / "rows.arrow", task, table, keys, rows, texts)

@@ -33,7 +33,14 @@ class Work:
         """Removes the pieces of a stage that have other names, and those of which nothing is wanted any more."""
         for piece in sorted((self.folder / stage).glob("*")):
             if piece.name not in names:
-                shutil.rmtree(piece)
+                remove(piece)
+
+
+def remove(piece: Path) -> None:
+    """Removes a piece; one that is half removed is never found."""
+    gone = piece.with_name(f"{UNFINISHED}{piece.name}")
+    os.rename(piece, gone)
+    shutil.rmtree(gone)
 
 
 @contextmanager
@@ -49,6 +56,7 @@ def open_work(target: Path, key: str) -> Iterator[Work]:
     try:
         _lock(descriptor, target)
         if not (folder / KEY).is_file() or (folder / KEY).read_text() != key:
+            (folder / KEY).unlink(missing_ok=True)  # first: a piece that is half removed must not be found under the old key
             for entry in folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             (folder / KEY).write_text(key)
@@ -70,6 +78,7 @@ def _lock(descriptor: int, target: Path) -> None:
 
 def discard(work: Work) -> None:
     """Removes the folder of a build that ended well."""
+    (work.folder / KEY).unlink()
     shutil.rmtree(work.folder, ignore_errors=True)
 
 

@@ -146,6 +146,22 @@ CASES = [
         for name in ("rules", "extra_rules")
         for bad, good in (("kind: prose", "kind: prose, max: 1"), ("min: 3, max: 2", "min: 2, max: 2"))
     ),
+    ("perplexity_fits", ["data.perplexity.backend=kenlm"], "data.perplexity.path", ["data.perplexity={backend: kenlm, path: m}"], None),
+    ("perplexity_fits", ["data.perplexity.path=m"], "data.perplexity.path", ["data.perplexity.backend=none"], None),
+    (
+        "perplexity_fits",
+        ["data.perplexity={backend: checkpoint, path: m}"],
+        "data.perplexity.tokenizer_path",
+        ["data.perplexity={backend: checkpoint, path: m, tokenizer_path: t}"],
+        None,
+    ),
+    (
+        "perplexity_fits",
+        ["data.perplexity.quantiles=[0.6, 0.6]"],
+        "data.perplexity.quantiles",
+        ["data.perplexity.quantiles=[0.5, 0.6]"],
+        None,
+    ),
     *(
         ("bands", [f"objectives.{name}.band=[1, 1]"], f"objectives.{name}.band", [f"objectives.{name}.band=[1, 1.1]"], None)
         for name in ("load_balance", "z_loss", "regret")

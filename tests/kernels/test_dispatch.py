@@ -10,6 +10,7 @@ Q, KV = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2, 8)
 X, GATE_UP, DOWN = torch.zeros(3, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
 INDICES, WEIGHTS, LABELS = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
 COS = torch.zeros(4, 4)
+LSE, SPAN = torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64)
 
 
 def cu(*ends: int) -> torch.Tensor:
@@ -28,6 +29,8 @@ BAD = {
     "cu_seqlens goes": lambda: rk.attention_with_lse(Q, KV, KV, cu(0, 4, 7)),
     "cu_seqlens has shape": lambda: rk.attention(Q, KV, KV, cu(0, 8)),
     "cu_seqlens misses the start of a row": lambda: rk.attention(Q, KV, KV, cu(0, 3, 5, 8)),
+    "lse_BHS is torch.int64": lambda: rk.span_attention_backward(Q, Q, KV, KV, Q, LSE.long(), SPAN, SPAN),
+    "out_BSHE is torch.float32 on meta": lambda: rk.span_attention_backward(Q, Q, KV, KV, Q.to("meta"), LSE, SPAN, SPAN),
     "top_k=5": lambda: rk.route(torch.zeros(2, 4), top_k=5),
     "num_groups=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, num_groups=3),
     "top_groups=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, num_groups=2, top_groups=3),

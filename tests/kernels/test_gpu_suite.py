@@ -42,6 +42,7 @@ def test_a_room_is_rehearsed(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     status = {row["contender"]: row["status"] for row in written["rows"]}
     assert status["ours"] == status["torch"] == "ok" and written["rehearsal"]
+    assert "2·T·V·D" in written["formulas"]["linear + cross-entropy"]
     if find_spec("liger_kernel") is None:
         assert status["liger"].startswith("absent: No module named") and "| liger: absent" in done.stdout
 

@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from refractor_kernels import attention, attention_with_lse, experts, linear_cross_entropy, route, span_attention
+from refractor_kernels import attention, attention_with_lse, experts, fakes, linear_cross_entropy, route, span_attention
 from refractor_kernels.experts import occurrences
 
 
@@ -70,3 +71,20 @@ def test_occurrences_are_bincounts():
     numbers = torch.tensor([3, 0, 3, 5, 5, 5])
     assert torch.equal(occurrences(numbers, 7), torch.bincount(numbers, minlength=7))
     assert occurrences(numbers[:0], 2).tolist() == [0, 0]
+
+
+def test_the_output_head_on_an_accelerator_holds_a_chunk_and_no_logits():
+    x, w = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for rows in (32_768, 128_256))
+    labels, largest = torch.empty(32_768, dtype=torch.int64, device="meta"), [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest[0] = max([largest[0], *(t.nbytes for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))])
+            return out
+
+    with Watch():
+        loss = linear_cross_entropy(x, w, labels)
+        loss.sum().backward()
+    assert loss.dtype == torch.float32 and x.grad.dtype == w.grad.dtype == torch.bfloat16
+    assert largest[0] == 2 * fakes.HEAD_BUFFER

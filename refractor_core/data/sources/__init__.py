@@ -3,6 +3,8 @@
 A source lists its files first (that fails early and gives progress a total), then each file is read by itself, in bounded memory.
 """
 
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 
@@ -61,6 +63,9 @@ def read_file(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unr
         SourceError: the source is configured wrongly, as only its data could show.
     """
     try:
+        if not isinstance(source, CodeSource) and (odd := _no_file(file)):
+            yield Unreadable(source.name, file.label, *odd)
+            return
         for item in _read(source, file):
             if isinstance(item, Document) and _has_surrogates(item.text):
                 yield Unreadable(source.name, item.path, "invalid_utf8", "the text holds a lone surrogate")
@@ -75,6 +80,18 @@ def read_file(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unr
     except (SyntaxError, ValueError, RecursionError) as error:  # ast gives ValueError for NUL in some versions
         rule = "invalid_python" if isinstance(source, PythonStdlibSource) else "unreadable_file"
         yield Unreadable(source.name, file.label, rule, str(error))
+
+
+def _no_file(file: SourceFile) -> tuple[str, str] | None:
+    """Rule and detail of what is found under a file's name and is none; to open a pipe would wait forever.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    mode = file.path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        return "symbolic_link", f"leads to {os.readlink(file.path)!r}, a folder that it lies in" if file.path.is_symlink() else "a folder"
+    return None if stat.S_ISREG(mode) else ("not_a_file", "a device, pipe or socket")
 
 
 def _read(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unreadable]:

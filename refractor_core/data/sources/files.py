@@ -3,6 +3,7 @@
 import glob
 import gzip
 import io
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,12 +44,16 @@ class SourceError(ValueError):
 
 
 def matches(source: SourceConfig, key: str, *, folders: bool = False) -> list[Path]:
-    """What a source's glob finds, sorted: files, or folders.
+    """What a source's glob finds, sorted: files (and links that lead back to a folder above them, which reading tells), or folders.
 
     Raises:
         ValueError: nothing matches.
     """
-    found = [Path(name) for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_dir() == folders]
+    circles: set[str] = set()
+    names = sorted(_expand(source.path, circles))
+    if folders:
+        circles.clear()
+    found = [Path(name) for name in names if name in circles or os.path.isdir(name) == folders]
     if not found:
         what = "folder" if folders else "file"
         raise ValueError(
@@ -56,6 +61,35 @@ def matches(source: SourceConfig, key: str, *, folders: bool = False) -> list[Pa
             f"globs are relative to the working directory, {Path.cwd()}"
         )
     return found
+
+
+def _expand(pattern: str, circles: set[str]) -> set[str]:
+    """What a glob matches. ``**`` follows links to folders but not back to where they came from: those are added to ``circles`` and found.
+
+    ``glob.glob`` goes around a circle of links until the system's limit for names, forty times.
+    """
+    head, mark, tail = pattern.partition("**")
+    tail = tail.lstrip(os.sep) or "*"
+    if not mark or head and not head.endswith(os.sep):
+        return set(glob.glob(pattern))
+    found: set[str] = set()
+    for base in glob.glob(head) if glob.has_magic(head) else [head]:
+        for folder in _folders(base, (), circles):
+            found |= _expand(os.path.join(glob.escape(folder), tail), circles)
+    return found | circles
+
+
+def _folders(folder: str, above: tuple[os.stat_result, ...], circles: set[str]) -> Iterator[str]:
+    """A folder and all below it whose names do not begin with a dot."""
+    with suppress(OSError):
+        here = os.stat(folder or os.curdir)
+        if any(os.path.samestat(here, other) for other in above):
+            circles.add(folder)
+            return
+        yield folder
+        for entry in sorted(os.scandir(folder or os.curdir), key=lambda entry: entry.name):
+            if not entry.name.startswith(".") and entry.is_dir():
+                yield from _folders(os.path.join(folder, entry.name), (*above, here), circles)
 
 
 def printable(name: str) -> str:

@@ -43,9 +43,7 @@ def record_document(source: JsonlSource | TableSource, names: Names, number: int
     """The document of a record that has a text field."""
     text = record[source.text_key]
     if not isinstance(text, str):
-        return Unreadable(
-            source.name, names.numbered(number), "text_not_string", f"{source.text_key!r} holds {type(text).__name__}"
-        )
+        return Unreadable(source.name, names.numbered(number), "text_not_string", f"{source.text_key!r} holds {type(text).__name__}")
     name = names.of(number, record)
     if isinstance(name, Unreadable):
         return name

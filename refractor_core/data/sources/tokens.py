@@ -58,8 +58,7 @@ def _document(source: TokenSource, label: str, tokens: np.ndarray, tokenizer: Te
     if outside.any():
         raise SourceError(
             f"source {source.name!r}: {label} holds token {int(tokens[outside][0])}, but {source.tokenizer_path} (tokenizer_path) has "
-            f"{tokenizer.size}; name the tokenizer that made the store"
-            + (", and check dtype" if isinstance(source, OlmoSource) else "")
+            f"{tokenizer.size}; name the tokenizer that made the store" + (", and check dtype" if isinstance(source, OlmoSource) else "")
         )
     text = tokenizer.decode(tokens)
     if len(text) > source.max_document_bytes or len(text.encode()) > source.max_document_bytes:

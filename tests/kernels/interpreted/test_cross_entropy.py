@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import refractor_kernels as rk
-from refractor_kernels.gpu import cross_entropy as kernels
+from refractor_kernels import fakes
+from refractor_kernels.gpu import tables
 from tests.kernels import oracles
 from tests.kernels.test_cross_entropy import problem
 
@@ -16,8 +17,8 @@ FEW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that the backward goes through several."""
-    monkeypatch.setattr(kernels, "_BUFFER", 0)
-    monkeypatch.setattr(kernels, "_COLUMNS", 256)
+    monkeypatch.setattr(fakes, "HEAD_BUFFER", 0)
+    monkeypatch.setattr(fakes, "HEAD_COLUMNS", 256)
 
 
 def run(x, w, labels):
@@ -88,3 +89,8 @@ def test_what_does_not_fit_is_explained():
     assert "w_VD is not contiguous" in rk.explain("linear_cross_entropy_partials", x, turned, labels)
     strided = torch.stack([x, x], dim=2)[:, :, 0]
     assert torch.equal(run(strided, w, labels), run(x, w, labels))
+
+
+def test_dry_runs_count_as_many_partial_sums_as_there_are():
+    (bucket,) = tables.buckets("head_sums")
+    assert fakes.HEAD_SUMS == bucket.constants["BLOCK_N"] * bucket.constants["TILES"]
