@@ -43,6 +43,7 @@ EXTRAS_REQUIRE = {
     "deepspeed": ["deepspeed"],
     "ray": ["ray"],
     "kenlm": ["kenlm"],
+    "bloom": ["datasketch[bloom]"],
     "eval": ["lm-eval"],
 }
 

@@ -71,6 +71,17 @@ class DeduplicationConfig(Section):
     build. 1 never does."""
     alarm_except: tuple[str, ...] = ()
     """Names of sources that may lose any share."""
+    keep_sketches: bool = False
+    """Whether the dataset keeps its documents' signatures (4 · bands · rows bytes each), so that later builds can name it in ``known``."""
+    known: tuple[str, ...] = ()
+    """Directories of datasets that keep sketches: documents that are like one of theirs are dropped. Similarity is estimated from
+    signatures, since those datasets' texts are not at hand; it must reach ``threshold``."""
+
+    @model_validator(mode="after")
+    def _sketches_need_signatures(self) -> "DeduplicationConfig":
+        if not self.enabled and (self.keep_sketches or self.known):
+            raise ValueError("enabled: false makes no signatures, which keep_sketches and known need")
+        return self
 
 
 class MixtureConfig(Section):

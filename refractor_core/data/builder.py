@@ -23,6 +23,7 @@ from refractor_core.data.cleaning import AUDIT as STAGE_AUDIT
 from refractor_core.data.cleaning import Cleaning, Scorer
 from refractor_core.data.corpus import Corpus
 from refractor_core.data.dataset import AUDIT, TOKENIZER, UNIGRAM, Dataset
+from refractor_core.data.dedup.stage import keep_sketches
 from refractor_core.data.folder import atomic_directory, recover
 from refractor_core.data.funnel import Funnel
 from refractor_core.data.manifest import (
@@ -189,6 +190,8 @@ class _Build:
         self._tokenise(cleaning, tokenizer, lost)
         stages.append(StageEntry(name="tokenise", version=CODE_VERSION))
         with atomic_directory(target) as folder:
+            if self._config.data.deduplication.keep_sketches:
+                keep_sketches(cleaning, folder)
             self._assemble(folder, corpus, audits, funnel, stages)
 
     def _read_parts(self) -> None:

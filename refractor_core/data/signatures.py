@@ -21,6 +21,8 @@ SCHEME = "affine32"
 """datasketch's name of the permutations."""
 SEED = 1
 """datasketch's own default."""
+HASH_VERSION = 2
+"""Raised with every change of what a word is or of its hash: signatures of different versions say nothing about each other."""
 PADDING = WIDTH + 8
 """Zero bytes that compiled code wants behind a text."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

@@ -7,15 +7,16 @@ from shutil import rmtree
 
 import numpy as np
 
-from refractor_core.config.data import DataConfig
+from refractor_core.config.data import DataConfig, DeduplicationConfig
 from refractor_core.data.audit import AuditWriter, Removal
 from refractor_core.data.cleaning import AUDIT, REMOVED, Cleaning
 from refractor_core.data.corpus import Corpus, Segment
 from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, sources_of, texts_of, waves
 from refractor_core.data.dedup.alarm import refuse_vanishing
 from refractor_core.data.dedup.clusters import Duplicates
+from refractor_core.data.dedup.known import FOLDER, KnownDocuments, write_sketches
 from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
-from refractor_core.data.dedup.sketches import Sketches, sketch, write_sketch
+from refractor_core.data.dedup.sketches import SIGNATURES, Sketches, sketch, write_sketch
 from refractor_core.data.dedup.verify import verified
 from refractor_core.data.pool import Watch
 from refractor_core.data.progress import stage_bar
@@ -45,9 +46,36 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
             near = near_duplicates(sketches, present, texts, rank, config, runs, cleaning.memory.room() // 2, run)
     rmtree(runs)
     removed, kept = np.concatenate([exact.removed, near.removed]), np.concatenate([exact.kept, near.kept])
+    stays = cleaning.kept.copy()
+    stays[removed] = False
+    known = _known(sketches, stays, config) if config.known else []
     names = [source.name for source in cleaning.config.sources]
     refuse_vanishing(names, sources_of(corpus), removed, kept, config, _describer(corpus, names, texts))
-    _write_removals(folder, cleaning, ids, exact, near, texts)
+    rows = [(gone, "exact", "normal_form", 1.0, None, int(ids[twin])) for gone, twin in zip(exact.removed.tolist(), exact.kept.tolist())]
+    near_rows = zip(near.removed.tolist(), near.similarity.tolist(), near.kept.tolist())
+    rows += [(gone, "near", "jaccard", value, config.threshold, int(ids[twin])) for gone, value, twin in near_rows]
+    rows += [(gone, "known", "estimated_jaccard", value, config.threshold, twin) for gone, value, twin in known]
+    _write_removals(folder, cleaning, ids, sorted(rows, key=lambda row: row[0]), texts)
+
+
+def keep_sketches(cleaning: Cleaning, folder: Path) -> None:
+    """Writes the signatures of the documents that are still kept into the dataset's folder, for later builds."""
+    sketches, config = Sketches(cleaning.map("sketch", _sketch)), cleaning.config.deduplication
+    signatures = (rows[cleaning.kept[numbers]] for numbers, rows in sketches.batches(SIGNATURES))
+    write_sketches(folder / FOLDER, ids_of(cleaning.corpus)[cleaning.kept], signatures, config.bands * config.rows)
+
+
+def _known(sketches: Sketches, stays: np.ndarray, config: DeduplicationConfig) -> list[tuple[int, float, int]]:
+    """(number, estimated similarity, id of the known document) of documents that other datasets have."""
+    index, found = KnownDocuments(config.bands, config.rows), []
+    for dataset in config.known:
+        index.add_dataset(Path(dataset))
+    for numbers, rows in sketches.batches(SIGNATURES):
+        for place in np.flatnonzero(stays[numbers]).tolist():
+            nearest = index.nearest(rows[place])
+            if nearest is not None and nearest[1] >= config.threshold:
+                found.append((int(numbers[place]), nearest[1], nearest[0]))
+    return found
 
 
 def _sketch(segment: Segment, config: DataConfig, folder: Path, watch: Watch) -> None:
@@ -78,14 +106,11 @@ def _describer(corpus: Corpus, names: Sequence[str], texts: Texts) -> Callable[[
     return describe
 
 
-def _write_removals(folder: Path, cleaning: Cleaning, ids: np.ndarray, exact: Duplicates, near: Duplicates, texts: Texts) -> None:
-    """Rows by number."""
-    removed = np.concatenate([exact.removed, near.removed])
-    twins, similarity = np.concatenate([exact.kept, near.kept]), np.concatenate([exact.similarity, near.similarity])
-    threshold, order = cleaning.config.deduplication.threshold, np.argsort(removed)
-    np.save(folder / REMOVED, removed[order])
+def _write_removals(folder: Path, cleaning: Cleaning, ids: np.ndarray, rows: list[tuple], texts: Texts) -> None:
+    """Rows of (number, stage, rule, value, threshold, id of the twin), by number."""
+    removed = np.array([row[0] for row in rows], np.int64)
+    np.save(folder / REMOVED, removed)
     with AuditWriter(folder / AUDIT) as audit:
-        for place, (number, name, path) in zip(order.tolist(), named(cleaning, removed[order])):
-            told = ("exact", "normal_form", 1.0, None) if place < len(exact) else ("near", "jaccard", float(similarity[place]), threshold)
-            twin = f"{ids[twins[place]]:016x}"
-            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, twin, texts.beginning(number), len(texts(number))))
+        for (number, name, path), (_, *told, twin) in zip(named(cleaning, removed), rows):
+            beginning, size = texts.beginning(number), len(texts(number))
+            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, f"{twin:016x}", beginning, size))
