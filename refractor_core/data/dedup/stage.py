@@ -111,5 +111,6 @@ def _write_removals(folder: Path, cleaning: Cleaning, ids: np.ndarray, rows: lis
     removed = np.array([row[0] for row in rows], np.int64)
     np.save(folder / REMOVED, removed)
     with AuditWriter(folder / AUDIT) as audit:
-        for (number, name, path), (*_, twin), (_, *told, _) in zip(named(cleaning, removed), rows, rows):
-            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, f"{twin:016x}", texts.beginning(number), len(texts(number))))
+        for (number, name, path), (_, *told, twin) in zip(named(cleaning, removed), rows):
+            beginning, size = texts.beginning(number), len(texts(number))
+            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, f"{twin:016x}", beginning, size))
