@@ -51,7 +51,7 @@ from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample, write_encoding
 from refractor_core.data.tokenizer import TextTokenizer, make_tokenizer
-from refractor_core.data.work import KEY, Work, discard, finished, open_work, remove
+from refractor_core.data.work import KEY, Work, discard, discard_leftover, finished, open_work, remove
 
 TRAINING_SAMPLE = 8_000_000
 """Bytes of text that the tokenizer is trained on: the documents that come first in the stores' order, over all sources."""
@@ -77,6 +77,7 @@ def build(config: RunConfig, *, force: bool = False, scorer: Scorer | None = Non
     target = target.resolve() if target.is_symlink() else target  # the link stays, what it leads to is exchanged
     recover(target)
     if not force and (existing := _existing(target, config)) is not None:
+        discard_leftover(target, _key(config))
         _say(f"{target}: the dataset is already built (manifest {existing.sha256[:12]}); --force builds it anew")
         return existing
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):

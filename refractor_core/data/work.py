@@ -82,6 +82,16 @@ def discard(work: Work) -> None:
     shutil.rmtree(work.folder, ignore_errors=True)
 
 
+def discard_leftover(target: Path, key: str) -> None:
+    """Removes the work folder of a build whose dataset is there already: it was interrupted at its very end. Another key's stays, and one
+    in which somebody works."""
+    folder = target.with_name(f".{target.name}.work")
+    if not folder.is_dir() or ((folder / KEY).is_file() and (folder / KEY).read_text() != key):
+        return
+    with suppress(ValueError), open_work(target, key) as work:
+        discard(work)
+
+
 @contextmanager
 def finished(piece: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes ``piece``, flushed to disk, when the block ends without an error, and goes with one."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from refractor_core.config import RunConfig
 from refractor_core.config.loading import config_sha, load_run
-from refractor_core.data.manifest import MANIFEST, Manifest
-from refractor_core.data.mixture import PERIOD, quantised_shares
+from refractor_core.data import BatchPlan, Dataset
+from refractor_core.data.manifest import Manifest
 from refractor_core.evaluation.results import read_evaluations
 from refractor_core.telemetry.records import read_events, read_status, read_steps
 
@@ -27,7 +27,7 @@ class RunRecord:
     steps: list[dict]
     events: list[dict]
     evaluations: dict[str, dict]
-    manifest: Manifest | None
+    plan: BatchPlan | None
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "RunRecord":
@@ -48,8 +48,13 @@ class RunRecord:
             read_steps(path / "metrics.jsonl"),
             read_events(path / "events.jsonl"),
             read_evaluations(path / "reports"),
-            _manifest(Path(config.data.dir)),
+            _plan(config),
         )
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The dataset's; None where there is none any more."""
+        return self.plan.dataset.manifest if self.plan else None
 
     def series(self, key: str) -> np.ndarray:
         """A figure over the steps, NaN where a step lacks it; float64 [steps]."""
@@ -119,11 +124,16 @@ class RunRecord:
         return [(name, count / total, targets.get(name)) for name, count in rows.items()] if total else []
 
     def _targets(self) -> dict[str, float]:
-        if self.manifest is None:
-            return {}
-        sources = self.manifest.sources
-        samples = quantised_shares([source.train.tokens for source in sources], self.config.data.mixture.temperature)
-        return {source.name: count / PERIOD for source, count in zip(sources, samples.tolist(), strict=True)}
+        """Shares that the curriculum asks for, up to the last step; of a retrieval task's rows each source has its share too."""
+        wanted = dict.fromkeys((source.name for source in self.config.data.sources), 0.0)
+        done = self.steps[-1]["step"] if self.steps else 0
+        for stage in self.plan.stages if self.plan else ():
+            samples = stage.mixture.samples[: len(wanted)] / stage.mixture.samples[: len(wanted)].sum()
+            sequences = max(0, min(stage.until_step, done) - stage.first_step) * stage.rows
+            for name, share in zip(wanted, samples.tolist(), strict=True):
+                wanted[name] += share * sequences
+        total = sum(wanted.values())
+        return {name: count / total for name, count in wanted.items()} if total else {}
 
     @property
     def machine(self) -> dict:
@@ -135,11 +145,12 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _manifest(folder: Path) -> Manifest | None:
-    """The dataset's manifest; None where it has moved away, which a report survives."""
+def _plan(config: RunConfig) -> BatchPlan | None:
+    """The run's batches; None where the dataset has moved away or is not the run's any more, which a report survives."""
     try:
-        return Manifest.read(folder) if (folder / MANIFEST).is_file() else None
-    except ValueError:
+        dataset = Dataset.open(config.data.dir)
+        return None if dataset.check_config(config) else BatchPlan(dataset, config)
+    except (OSError, ValueError):
         return None
 
 

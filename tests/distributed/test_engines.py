@@ -144,11 +144,11 @@ def one_process(tmp_path_factory):
     made = {}
 
     def run(config):
-        if config not in made:
+        if (key := config.model_dump_json()) not in made:
             torch.set_num_threads(1)
             training = Training(config, Mesh.single(), "zero1").steps(0, 10)
-            made[config] = training.norms, whole(training.gradients), whole(training.records())
-        return made[config]
+            made[key] = training.norms, whole(training.gradients), whole(training.records())
+        return made[key]
 
     return run
 
