@@ -9,17 +9,22 @@ This package imports nothing but torch (and, where installed, triton).
 """
 
 from refractor_kernels import gpu  # noqa: F401 — registers its kernels with the families that it imports
+from refractor_kernels.adamw import AdamWTensors, adamw
 from refractor_kernels.attention import attention, attention_with_lse
 from refractor_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_partials
 from refractor_kernels.dispatch import backends, explain
 from refractor_kernels.experts import experts
 from refractor_kernels.norm import rms_norm, rms_norm_residual
 from refractor_kernels.rotary import rotary
+from refractor_kernels.routed import Routed
 from refractor_kernels.routing import route
 from refractor_kernels.span_attention import span_attention, span_attention_backward
 from refractor_kernels.swiglu import swiglu
 
 __all__ = [
+    "AdamWTensors",
+    "Routed",
+    "adamw",
     "attention",
     "attention_with_lse",
     "backends",

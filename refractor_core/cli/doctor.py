@@ -153,10 +153,10 @@ def _apex() -> Finding:
         return Finding(
             "apex", "optional", "not installed; PyTorch's fused AdamW is used", "NVIDIA's is installed from its own source, not from PyPI"
         )
-    from refractor_core.optim.apex import is_nvidias  # imports apex, and so torch
+    from refractor_kernels.apex import fused_adam  # imports apex, and so torch
 
-    if is_nvidias():
-        return Finding("apex", "ok", "NVIDIA's; its FusedAdam updates CUDA masters")
+    if fused_adam():
+        return Finding("apex", "ok", "NVIDIA's; its fused AdamW can update CUDA masters")
     told = "not NVIDIA's with its CUDA extension: the web toolkit of that name, or built without it"
     return Finding("apex", "bad", told, "pip uninstall apex; NVIDIA's is installed from its own source, with --cuda_ext")
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from refractor_core.config.training import OptimizerConfig
-from refractor_core.optim.clipping import clip_
+from refractor_core.optim.clipping import clip_factor
+from refractor_core.optim.ema import Ema
 from refractor_core.optim.optimizer import Optimizer
 from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
@@ -35,8 +36,9 @@ class Engine(Protocol):
         """Waits for the sums over ranks and takes the loss scale out: the norm of the whole model's gradient, float64 scalar, the same on
         every rank, not finite if any element is not."""
 
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
-        """Clips the gradient, whose norm is given, and updates the weights. A step is skipped by not calling it."""
+    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
+        """Clips the gradient, whose norm is given, updates the weights, and has the average take them in. A step is skipped by not
+        calling it."""
 
     def masters(self) -> list[Saved]:
         """``master.<parameter>``: this rank's part of the weights that are updated, float32 at least, the tensors themselves."""
@@ -62,12 +64,13 @@ class Zero1:
         model: whose parameters know their ``ShardSpec``; their storage is taken over by the gradient buffers.
         mesh: the layout.
         config: section ``optimizer``.
+        kernels: backend of the optimizer's ops.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig):
+    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, kernels: str = "auto"):
         self._mesh = mesh
         self.gradients = GradientBuffers(model.named_parameters(), mesh)
-        self.optimizer = Optimizer(self.gradients.segments, config)
+        self.optimizer = Optimizer(self.gradients.segments, config, kernels)
 
     def begin(self) -> None:
         """See ``Engine``."""
@@ -84,10 +87,9 @@ class Zero1:
             torch._foreach_mul_([segment.gradient for segment in segments], 1.0 / scale)
         return gradient_norm(segments, self._mesh)
 
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
+    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
         """See ``Engine``."""
-        clip_([segment.gradient for segment in self.gradients.segments], norm, max_norm)
-        self.optimizer.step(learning_rate)
+        self.optimizer.step(learning_rate, clip_factor(norm, max_norm), ema)
         self.gradients.gather_weights()
 
     def masters(self) -> list[Saved]:

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from refractor_core.config.training import OptimizerConfig
 from refractor_core.model.decoder import DecoderLayer
 from refractor_core.model.moe import Experts
-from refractor_core.optim.clipping import clip_
+from refractor_core.optim.clipping import clip_factor
+from refractor_core.optim.ema import Ema
 from refractor_core.optim.optimizer import Optimizer
 from refractor_core.parallel.collectives import sum_over
 from refractor_core.parallel.mesh import Axis, Mesh
@@ -42,12 +43,13 @@ class Fsdp2:
         mesh: the layout, without a pipeline.
         config: section ``optimizer``.
         reshard_after_forward: frees a layer's weights between its forward and its backward pass.
+        kernels: backend of the optimizer's ops.
 
     Raises:
         ValueError: a layout with a pipeline, or without ranks to divide weights over.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, reshard_after_forward: bool = True):
+    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, reshard_after_forward: bool = True, kernels: str = "auto"):
         _refuse(mesh)
         self._mesh, self._root = mesh, model
         made = dict(model.named_parameters())
@@ -55,7 +57,7 @@ class Fsdp2:
         self.segments: list[Segment] = [_segment(name, p, made[name], mesh) for name, p in model.named_parameters()]
         """This rank's rows of each parameter, in model order; some may be empty."""
         self._partial = [segment.gradient for segment in self.segments if segment.parameter.spec.partial]
-        self.optimizer = Optimizer(self.segments, config)
+        self.optimizer = Optimizer(self.segments, config, kernels)
 
     def begin(self) -> None:
         """See ``Engine``."""
@@ -76,10 +78,9 @@ class Fsdp2:
             torch._foreach_mul_([segment.gradient for segment in self.segments], 1.0 / scale)
         return gradient_norm(self.segments, self._mesh)
 
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
+    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
         """See ``Engine``."""
-        clip_([segment.gradient for segment in self.segments], norm, max_norm)
-        self.optimizer.step(learning_rate)
+        self.optimizer.step(learning_rate, clip_factor(norm, max_norm), ema)
 
     def masters(self) -> list[Saved]:
         """See ``Engine``."""

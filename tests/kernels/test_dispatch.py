@@ -35,6 +35,9 @@ BAD = {
     "bias_E is torch.bfloat16": lambda: rk.route(torch.zeros(2, 4), torch.zeros(4).bfloat16(), top_k=1),
     "bias_E has shape": lambda: rk.route(torch.zeros(2, 4), torch.zeros(3), top_k=1),
     "bias_E is on meta": lambda: rk.route(torch.zeros(2, 4), torch.zeros(4, device="meta"), top_k=1),
+    "sequences=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, sequences=3),
+    "given_TK is torch.int32": lambda: rk.route(torch.zeros(2, 4), top_k=1, given_TK=torch.zeros(2, 1, dtype=torch.int32)),
+    "given_TK has shape": lambda: rk.route(torch.zeros(2, 4), top_k=2, given_TK=torch.zeros(2, 1, dtype=torch.int64)),
     "logits_TE is torch.int64": lambda: rk.route(torch.zeros(2, 4).long(), top_k=1),
     "w_gate_up_EFD has 12 rows": lambda: rk.experts(X, GATE_UP, DOWN[:, :, :5], INDICES, WEIGHTS),
     "w_down_EDF is torch.float64": lambda: rk.experts(X, GATE_UP, DOWN.double(), INDICES, WEIGHTS),
@@ -69,7 +72,7 @@ def test_bad_arguments_are_named(message):
 def test_the_choice_is_explained():
     assert rk.explain("linear_cross_entropy", X, X, LABELS) == "linear_cross_entropy: torch (the only backend)"
     assert rk.explain("swiglu", Q, backend="torch") == "swiglu: torch (asked for)"
-    assert all("torch" in rk.backends(op) for op in rk.__all__ if op not in ("explain", "backends"))
+    assert all("torch" in rk.backends(op) for op in rk.__all__ if op not in ("Routed", "explain", "backends"))
 
 
 def test_unknown_ops_and_backends_are_refused():

@@ -12,10 +12,12 @@ compiles ahead of time. Launch parameters come from ``sm90.json`` alone, so noth
 With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors in Triton's interpreter, which is for tests.
 """
 
+import refractor_kernels.adamw
 import refractor_kernels.attention
 import refractor_kernels.experts
 import refractor_kernels.norm
 import refractor_kernels.rotary
+import refractor_kernels.routing
 import refractor_kernels.span_attention
 import refractor_kernels.swiglu  # noqa: F401 — the families, which declare the ops
 from refractor_kernels.dispatch import Op
@@ -23,13 +25,13 @@ from refractor_kernels.gpu.backend import HINDRANCE
 
 _NAMES = (
     *("attention", "attention_with_lse", "span_attention", "span_attention_backward"),
-    *("experts", "rms_norm", "rms_norm_residual", "rotary", "swiglu"),
+    *("experts", "rms_norm", "rms_norm_residual", "rotary", "route", "swiglu", "adamw"),
 )
 
 if HINDRANCE is None:
-    from refractor_kernels.gpu import attention, experts, norm, rotary, swiglu
+    from refractor_kernels.gpu import adamw, attention, experts, norm, rotary, router, swiglu
 
-    for _module in (attention, experts, norm, rotary, swiglu):
+    for _module in (adamw, attention, experts, norm, rotary, router, swiglu):
         for _name, (_run, _refuse) in _module.OPS.items():
             Op.registry[_name].register("triton", _run, _refuse)
 else:
