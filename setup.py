@@ -9,6 +9,8 @@ INSTALL_REQUIRES = [
     "pydantic>=2",
     "safetensors",
     "tokenizers",
+    "tiktoken",  # two faster encoders of the same tokenizer.json; a build takes the fastest that agrees
+    "gigatoken",
     "datasketch",
     "numba",
     "pyarrow",

@@ -1,10 +1,12 @@
 """A function on n gloo ranks of this machine, with each rank's result, error or place where it hangs.
 
-``forkserver`` with torch preloaded: a rank starts in tens of milliseconds (``spawn`` takes seconds, ``fork`` after autograd is unsafe).
+``forkserver`` with all that is slow to import: a rank starts in tens of milliseconds (``spawn`` takes seconds, ``fork`` after autograd is
+unsafe).
 """
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 import time
@@ -17,7 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"]
+PRELOAD = [
+    *("pytest", "hypothesis", "torch.distributed.fsdp", "torch.distributed.tensor.debug"),
+    *("refractor_core.train.loop", "refractor_core.verify.layouts"),
+]
 GRACE_SECONDS = 60.0
 """Beyond the timeout, for ranks that a loaded machine starts late: each counts its own time. Once all that are left have, it is over."""
 
@@ -37,7 +42,7 @@ def run_ranks(n: int, function: Callable, *args: Any, directory: Path, timeout: 
     Raises:
         AssertionError: a rank raised or died (with every rank's traceback), or ranks hang (with the line each one stands on).
     """
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    start_server()
     # forkserver hands each process the working directory's sys.path, so the function's module is found by its name.
     context = torch.multiprocessing.start_processes(
         _rank, args=(n, function, args, str(directory), timeout), nprocs=n, join=False, daemon=True, start_method="forkserver"
@@ -55,6 +60,12 @@ def run_ranks(n: int, function: Callable, *args: Any, directory: Path, timeout: 
                 process.kill()
             process.join()
     return [torch.load(directory / f"{rank}.result", weights_only=False) for rank in range(n)]
+
+
+def start_server() -> None:
+    """Starts the process that forks all others, unless it runs: its modules are those that it was first started with."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    multiprocessing.forkserver.ensure_running()
 
 
 def _rank(rank: int, n: int, function: Callable, args: tuple, directory: str, timeout: float) -> None:

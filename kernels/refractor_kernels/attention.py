@@ -18,25 +18,6 @@ from refractor_kernels.span_attention import causal_spans, span_attention
 _MASK_ELEMENTS = 1 << 25
 
 
-def document_ids(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    """ids_BS int64: which document each token of the flattened B·S belongs to."""
-    positions = torch.arange(batch * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens, positions, right=True).view(batch, length)
-
-
-def _mask(ids_BS: Tensor | None, batch: int, queries: range, keys: range, window: int | None, device: torch.device) -> Tensor:
-    """[B or 1, 1, queries, keys] bool: which keys each query sees."""
-    q = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1)
-    k = torch.arange(keys.start, keys.stop, device=device)
-    seen = k <= q
-    if window is not None:
-        seen &= q - k < window
-    if ids_BS is None:
-        return seen.expand(1, 1, -1, -1)
-    same = ids_BS[:, queries.start : queries.stop, None] == ids_BS[:, None, keys.start : keys.stop]
-    return (same & seen).unsqueeze(1)
-
-
 def _sdpa(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     width, value_width = q_BSHD.shape[-1], v_BSGE.shape[-1]
     pad = max(width, value_width)
@@ -60,10 +41,11 @@ def reference(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor
     window = None if window is None or window >= length else window
     if not inside and window is None:
         return _sdpa(q_BSHD, k_BSGD, v_BSGE, scale, None)
-    ids_BS = document_ids(cu_seqlens, batch, length) if inside else None
     if batch * length * length <= _MASK_ELEMENTS:
-        everything = range(length)
-        return _sdpa(q_BSHD, k_BSGD, v_BSGE, scale, _mask(ids_BS, batch, everything, everything, window, q_BSHD.device))
+        spans = causal_spans(cu_seqlens if inside else None, batch if inside else 1, length, window, q_BSHD.device)
+        first_BS1, last_BS1 = (bound.unsqueeze(-1) for bound in spans)
+        place = torch.arange(length, device=q_BSHD.device)
+        return _sdpa(q_BSHD, k_BSGD, v_BSGE, scale, ((place >= first_BS1) & (place < last_BS1)).unsqueeze(1))
     if window is None:
         flat = [t.flatten(0, 1).unsqueeze(0) for t in (q_BSHD, k_BSGD, v_BSGE)]
         bounds = cu_seqlens.tolist()

@@ -5,7 +5,7 @@ arXiv 2411.09009, without the gradient filter: exact), so at most a bounded numb
 Legend: T tokens, D model, V vocabulary (v: a slice of it).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -95,16 +95,19 @@ class _Partials(torch.autograd.Function):
 
 def reference_partials(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In slices, recomputed, exact."""
-    if len(w_VD) == 0:
-        raise ValueError("linear_cross_entropy_partials: w_VD has no rows, expected at least one")
     return _Partials.apply(x_TD, w_VD, labels_T)
+
+
+def losses(partials: Callable[..., tuple[Tensor, Tensor, Tensor]], x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
+    """What the partials of the whole vocabulary amount to."""
+    keep = labels_T != ignore
+    max_T, sum_T, target_T = partials(x_TD, w_VD, labels_T.where(keep, -1))
+    return (sum_T.log() + max_T - target_T).where(keep, 0.0)
 
 
 def reference(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, *, ignore: int) -> Tensor:
     """In slices, recomputed, exact."""
-    keep = labels_T != ignore
-    max_T, sum_T, target_T = reference_partials(x_TD, w_VD, labels_T.where(keep, -1))
-    return (sum_T.log() + max_T - target_T).where(keep, 0.0)
+    return losses(reference_partials, x_TD, w_VD, labels_T, ignore)
 
 
 _LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", reference)
@@ -114,6 +117,8 @@ _LINEAR_CROSS_ENTROPY_PARTIALS = Op("linear_cross_entropy_partials", reference_p
 def _check(op: str, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, outside: str, ignore: int) -> None:
     check.same_kind(op, x_TD=x_TD, w_VD=w_VD)
     vocabulary = check.shapes(op, "x_TD:TD w_VD:VD labels_T:T", x_TD=x_TD, w_VD=w_VD, labels_T=labels_T)["V"]
+    if not vocabulary:
+        raise ValueError(f"{op}: w_VD has no rows, expected at least one")
     check.integer(op, torch.int64, x_TD, labels_T=labels_T)
     if check.readable(labels_T) and labels_T.numel():
         wrong = ((labels_T < 0) | (labels_T >= vocabulary)) & (labels_T != ignore)
@@ -140,6 +145,8 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, *, ignore
 
 def linear_cross_entropy_partials(x_TD: Tensor, w_vD: Tensor, labels_T: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """What one slice of the vocabulary contributes; ranks combine it: M = max of maxima, loss = log Σ sum·exp(max − M) + M − Σ target.
+
+    Whatever is made of the combined log-sum-exp has the right gradient, a z-loss (its square) too.
 
     Args:
         x_TD, w_vD: one floating dtype; w is this rank's rows.

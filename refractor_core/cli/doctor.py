@@ -19,6 +19,8 @@ REQUIRED = (
     "pydantic",
     "safetensors",
     "tokenizers",
+    "tiktoken",
+    "gigatoken",
     "datasketch",
     "numba",
     "pyarrow",

@@ -18,6 +18,9 @@ class TokenizerConfig(Section):
     """The ``tokenizer.json``, relative to the working directory; giving it implies ``kind: file``."""
     eos_token: str = Field("<|endoftext|>", min_length=1)
     """Special token that ends every document. Text that spells it out is encoded as ordinary text."""
+    backend: Literal["auto", "gigatoken", "tiktoken", "tokenizers"] = "auto"
+    """What encodes. All give the same tokens, so that a dataset does not depend on it; ``auto`` takes the fastest that gives those of
+    ``tokenizers``, which is checked on the data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -73,6 +76,8 @@ class DataConfig(Section):
     """Removal of near-duplicates."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
+    on_error: Literal["quarantine", "stop"] = "quarantine"
+    """What happens to input that cannot be read: quarantine names it in the audit and goes on, stop ends the build at the first."""
     heldout_share: float = Field(0.02, gt=0, lt=0.5)
     """Share of the documents, chosen by hash, that training never sees and evaluation reads."""
 

@@ -1,11 +1,14 @@
 """What was removed and why: one row per document, kept with the dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
 
 import pyarrow
 import pyarrow.parquet
+
+from refractor_core.data.columns import column
 
 EXCERPT = 200
 """Characters of a removed text that its row shows."""
@@ -38,9 +41,49 @@ class Removal:
     detail: str = ""
 
 
-def write_audit(path: Path, removals: Sequence[Removal]) -> None:
-    """Writes the rows in the given order as parquet."""
-    types = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
-    schema = pyarrow.schema([(field.name, types.get(field.name, pyarrow.string())) for field in fields(Removal)])
-    columns = {field.name: [getattr(row, field.name) for row in removals] for field in fields(Removal)}
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path)
+NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
+SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
+ROWS = 8192
+"""Rows of a row group."""
+
+
+class AuditWriter:
+    """Writes removals as parquet, a row group at a time; the file is whole when the ``with`` ends."""
+
+    def __init__(self, path: Path):
+        self._writer = pyarrow.parquet.ParquetWriter(path, SCHEMA)
+        self._rows: list[Removal] = []
+
+    def add(self, removal: Removal) -> None:
+        """Appends one row."""
+        self._rows.append(removal)
+        if len(self._rows) == ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrays = [column([getattr(row, field.name) for row in self._rows], field.type) for field in SCHEMA]
+        self._writer.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
+        self._rows = []
+
+    def __enter__(self) -> "AuditWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._rows:
+            self._flush()
+        self._writer.close()
+
+
+def write_audit(path: Path, removals: Iterable[Removal]) -> None:
+    """Writes the rows in the given order."""
+    with AuditWriter(path) as writer:
+        for removal in removals:
+            writer.add(removal)
+
+
+def read_audit(path: Path) -> Iterator[Removal]:
+    """The rows of a file, one row group in memory at a time."""
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(ROWS, use_threads=False):
+            for row in batch.to_pylist():
+                yield Removal(**row)

@@ -16,6 +16,7 @@ from refractor_core.data.audit import write_audit
 from refractor_core.data.corpus import Corpus, clean_corpus, held_out
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, TOKENIZER, UNIGRAM, Dataset
 from refractor_core.data.documents import Document
+from refractor_core.data.encoder import Encoder
 from refractor_core.data.folder import atomic_directory, recover
 from refractor_core.data.manifest import (
     CODE_VERSION,
@@ -136,13 +137,17 @@ def _write_stores(
     dtype = token_dtype(config.model.vocab_size)
     counts = np.zeros(config.model.vocab_size, dtype=np.int64)
     placed: list[Placed] = []
+    encoder = Encoder(tokenizer, config.data.tokenizer.backend)
     with stage_bar("tokenise", sum(len(document.encoded) for document in documents), "B") as update:
         for source, split in ((source, split) for source in config.data.sources for split in SPLITS):
             own = [document for document in documents if document.source == source.name and split_of[document.id] == split]
             with StoreWriter(folder / split / source.name, dtype) as writer:
                 for first in range(0, len(own), CHUNK):
                     chunk = own[first : first + CHUNK]
-                    for offset, tokens in enumerate(tokenizer.encode([document.text for document in chunk])):
+                    encoded = encoder.encode([document.encoded for document in chunk])
+                    for fault in encoded.told:
+                        _say(f"tokenise: {fault}; another backend took over")
+                    for offset, tokens in enumerate(np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])):
                         writer.add(tokens)
                         placed.append(Placed(chunk[offset], split, first + offset, len(tokens)))
                         if split == "train":

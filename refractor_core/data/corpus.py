@@ -7,14 +7,23 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
 
 from refractor_core.config.data import DataConfig
 from refractor_core.data.audit import EXCERPT, Removal
-from refractor_core.data.dedup import Duplicate, exact_duplicates, near_duplicates
+from refractor_core.data.dedup.clusters import Duplicates
+from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
+from refractor_core.data.dedup.sketches import Sketches, sketch
 from refractor_core.data.documents import Document, Unreadable
 from refractor_core.data.filters import violation
 from refractor_core.data.progress import stage_bar
 from refractor_core.data.sources import list_files, read_file
+
+SORTING = 256 << 20
+"""Bytes that the search for duplicates may sort in."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,8 @@ def clean_corpus(config: DataConfig) -> Corpus:
     read.update(row.source for row in removals)
     documents, dropped = _filter(documents, config)
     removals += dropped
-    documents, dropped = _drop(documents, exact_duplicates(documents), "exact", "sha256", None)
+    documents, dropped = _deduplicate(documents, config)
     removals += dropped
-    if config.deduplication.enabled:
-        with stage_bar("near duplicates", sum(len(document.encoded) for document in documents), "B") as update:
-            duplicates = near_duplicates(documents, config.deduplication, update)
-        documents, dropped = _drop(documents, duplicates, "near", "jaccard", config.deduplication.threshold)
-        removals += dropped
     corpus = Corpus(documents, removals, read)
     _refuse_empty(config, corpus)
     return corpus
@@ -86,15 +90,25 @@ def _filter(documents: Sequence[Document], config: DataConfig) -> tuple[list[Doc
     return kept, removals
 
 
-def _drop(
-    documents: Sequence[Document], duplicates: Sequence[Duplicate], stage: str, rule: str, threshold: float | None
-) -> tuple[list[Document], list[Removal]]:
-    gone = {duplicate.removed for duplicate in duplicates}
-    removals = [
-        _removal(documents[duplicate.removed], stage, rule, duplicate.similarity, threshold, documents[duplicate.kept].id)
-        for duplicate in duplicates
-    ]
-    return [document for index, document in enumerate(documents) if index not in gone], removals
+def _deduplicate(documents: Sequence[Document], config: DataConfig) -> tuple[list[Document], list[Removal]]:
+    near = config.deduplication
+    with stage_bar("sketch", sum(len(document.encoded) for document in documents), "B") as update:
+        sketches = Sketches([sketch((document.encoded for document in documents), near.bands * near.rows, update)])
+    rank, present = np.arange(len(documents)), np.ones(len(documents), bool)
+    with TemporaryDirectory() as folder:
+        found = exact_duplicates(sketches, rank, Path(folder), SORTING)
+        removals = _removals(documents, found, "exact", "normal_form", None)
+        present[found.removed] = False
+        if near.enabled:
+            found = near_duplicates(sketches, present, lambda number: documents[number].encoded, rank, near, Path(folder), SORTING)
+            removals += _removals(documents, found, "near", "jaccard", near.threshold)
+            present[found.removed] = False
+    return [document for document, stays in zip(documents, present) if stays], removals
+
+
+def _removals(documents: Sequence[Document], found: Duplicates, stage: str, rule: str, threshold: float | None) -> list[Removal]:
+    rows = zip(found.removed.tolist(), found.kept.tolist(), found.similarity.tolist())
+    return [_removal(documents[gone], stage, rule, similarity, threshold, documents[stays].id) for gone, stays, similarity in rows]
 
 
 def _removal(document: Document, stage: str, rule: str, value: float, threshold: float | None, twin: str | None = None) -> Removal:

@@ -42,6 +42,10 @@ class Document:
         return hashlib.sha256(self.encoded).hexdigest()
 
 
+CHOICES = {"generated", "minified", "media_type", "symbolic_link", "binary", "oversized"}
+"""Rules by which a reader leaves out what is not damaged."""
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """Something in a source that is not a document.
@@ -57,3 +61,8 @@ class Unreadable:
     path: str
     rule: str
     detail: str
+
+    @property
+    def fault(self) -> bool:
+        """Whether something is wrong with the input; otherwise it was left out by a rule."""
+        return self.rule not in CHOICES

@@ -21,11 +21,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     building.mkdir()
     try:
         yield building
-        _flush(building)
+        flush(building)
         if target.exists():
             os.rename(target, old)
         os.rename(building, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     finally:
         if old.exists() and not target.exists():
             os.rename(old, target)
@@ -62,7 +62,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Flushes every file and directory under ``folder`` to disk."""
     for root, _, names in os.walk(folder):
         for name in names:
@@ -71,10 +71,11 @@ def _flush(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        _flush_folder(Path(root))
+        flush_folder(Path(root))
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Flushes a directory's own entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

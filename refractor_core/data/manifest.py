@@ -91,12 +91,16 @@ class Manifest(_Record):
             raise ValueError(f"{path}: {error}; run: refractor data build CONFIG --force") from error
 
 
+_NOT_CONTENT = {"dir": True, "mixture": True, "on_error": True, "tokenizer": {"backend"}}
+"""Keys of ``data`` that change nothing in a dataset; every backend of the tokenizer gives the same tokens."""
+
+
 def build_config(config: RunConfig) -> dict[str, Any]:
     """The part of a run's configuration that decides what a dataset holds, as plain values.
 
-    The directory and the mixture are not in it: one dataset serves any mixture.
+    The directory and the mixture are not in it: one dataset serves any mixture. Nor is how the work is done, which changes nothing.
     """
-    part = config.data.model_dump(mode="json", exclude={"dir", "mixture"})
+    part = config.data.model_dump(mode="json", exclude=_NOT_CONTENT)
     if config.data.tokenizer.path is not None:
         part["tokenizer"]["sha256"] = _file_sha256(Path(config.data.tokenizer.path))
     for source, entry in zip(config.data.sources, part["sources"]):

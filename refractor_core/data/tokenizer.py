@@ -38,6 +38,7 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.eos_id: int = eos_id
+        self.special_tokens = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
         self.size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -80,10 +81,13 @@ class TextTokenizer:
         """Of the JSON."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, nothing added; by ``tokenizers``, whose word is the truth. ``encoder`` is faster."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int64 tokens of each text, ``eos_id`` at the end; on all cores."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+        """int64 tokens of each text, ``eos_id`` at the end."""
+        return [np.array([*ids, self.eos_id], dtype=np.int64) for ids in self.ids(texts)]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of the tokens; special tokens are left out."""

@@ -6,9 +6,8 @@ backwards, the fault lies at or just above the wrong parameter that is nearest t
 """
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,16 +27,14 @@ class Tolerance:
     """What rounding may do.
 
     Args:
-        gradient: ‖Δ‖ / max(‖g‖, ``floor`` · the largest parameter-gradient norm), of parameters that ``parameters`` does not name.
+        gradient: ‖Δ‖ / max(‖g‖, ``floor`` · the largest parameter-gradient norm), of every parameter; relative, of their norm.
         loss: relative.
         floor: below this share of the largest norm a gradient is rounding noise of the others.
-        parameters: name → tolerance of its own.
     """
 
     gradient: float
     loss: float
     floor: float
-    parameters: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def exact(cls) -> "Tolerance":
@@ -48,23 +45,17 @@ class Tolerance:
     def measured(cls, exact: Outcome, rounded: Outcome, dtype: torch.dtype) -> "Tolerance":
         """Below float64: twice what one process in that format errs by, for sums over ranks round in another order, not worse.
 
-        One parameter's error may be small by luck, so none is held to less than the median; the loss, which is one number, to no less
-        than four epsilons. Never more than a quarter: a sum too many or too few changes a gradient by a half or more.
+        All parameters share the bound of the worst: whose sums cancel unluckily differs from layout to layout. The loss, which is one
+        number and may be right by luck, is held to no less than four epsilons. Never more than a quarter: a sum too many or too few
+        changes a gradient by a half or more.
 
         Args:
             exact, rounded: one process in float64 and in the format, of the same rounded weights and the same routing.
         """
         epsilon = torch.finfo(dtype).eps
         floor = max(1e-6, epsilon)
-        found = errors(exact, [rounded], floor)
-        usual = statistics.median(found.values())
-        bounds = {name: min(0.25, 2 * max(error, usual)) for name, error in found.items()}
         loss = max(4 * epsilon, 2 * abs(rounded.loss - exact.loss) / abs(exact.loss))
-        return cls(min(0.25, 2 * max(found.values())), loss, floor, bounds)
-
-    def of(self, name: str) -> float:
-        """A parameter's."""
-        return self.parameters.get(name, self.gradient)
+        return cls(min(0.25, 2 * max(errors(exact, [rounded], floor).values())), loss, floor)
 
 
 @dataclass(frozen=True)
@@ -86,8 +77,8 @@ class Comparison:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The parameter with the largest error for its tolerance; the norm only where it alone is wrong."""
-        return max(self.errors.items(), key=lambda item: (_or_infinite(item[1]) / self.tolerance.of(item[0]), item[0] != NORM))
+        """The parameter with the largest error; the norm only where it alone is wrong."""
+        return max(self.errors.items(), key=lambda item: (_or_infinite(item[1]), item[0] != NORM))
 
 
 def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tolerance: Tolerance) -> Comparison:
@@ -98,7 +89,7 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
     """
     loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in _losses(outcomes, layout))
     found = errors(reference, outcomes, tolerance.floor)
-    wrong = [name for name, error in found.items() if not error <= tolerance.of(name)]
+    wrong = [name for name, error in found.items() if not error <= tolerance.gradient]
     culprit = ""
     if wrong or loss_error > tolerance.loss:
         culprit = _culprit(reference, outcomes, layout, wrong, loss_error, tolerance)
@@ -236,7 +227,7 @@ def _signature(whole: Tensor, pieces: dict[int, Piece], layout: Layout) -> str:
         return "it is not a number, as where memory is read that nobody has written"
     if not any(bool(f.any()) for f in found.values()):
         return "it is zero everywhere: it was lost on its way, or never made"
-    if all(math.isclose(other, factor, rel_tol=1e-3) for other in factors) and all(_close(f, factor * a) for f, a in pairs):
+    if all(math.isclose(other, factor, rel_tol=1e-3) and _parallel(f, a, factor) for other, (f, a) in zip(factors, pairs)):
         sizes = ", ".join(f"{axis}={len(groups[0])}" for axis, groups in axes.items() if _power(factor, len(groups[0])))
         which = f", a power of the size of {sizes}" if sizes else ""
         if factor > 1:
@@ -288,6 +279,11 @@ def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, or noise of bf16."""
     return (a - b).norm() <= 0.02 * b.norm() if b.any() else not a.any()
+
+
+def _parallel(found: Tensor, aim: Tensor, factor: float) -> bool:
+    """Whether the factor explains the difference: rounding, too, has some factor that fits best."""
+    return _close(found, factor * aim) and bool((found - factor * aim).norm() <= 0.2 * (found - aim).norm())
 
 
 def _power(factor: float, size: int) -> bool:

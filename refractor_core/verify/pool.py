@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,7 @@ def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, p
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its ranks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     faulthandler.enable()
     torch.set_num_threads(1)
     groups: Groups = {}
@@ -125,6 +127,14 @@ def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, p
         os.replace(f"{place}.partial", f"{place}.result")
         del outcome
         gc.collect()  # a model's hooks refer to it in circles, and it to its groups, whose threads would eat all processor time
+
+
+def _end_with_parent() -> None:
+    """A command that is killed ends no rank, and ranks would go on through the whole list for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _join(world: int, rank: int, meeting: str) -> None:

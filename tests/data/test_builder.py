@@ -106,7 +106,7 @@ def test_what_is_removed_has_a_row_that_says_why(tmp_path: Path) -> None:
     ids = {row["path"]: row["id"] for row in dataset.documents().to_pylist()}
     assert {line: (row["source"], row["stage"], row["rule"]) for line, row in rows.items()} == {
         "1": ("web", "near", "jaccard"),
-        "2": ("web", "exact", "sha256"),
+        "2": ("web", "exact", "normal_form"),
         "3": ("web", "filter", "min_characters"),
         "10": ("web", "read", "invalid_json"),
     }

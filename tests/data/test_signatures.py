@@ -8,7 +8,7 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refractor_core.data.signatures import NGRAM, jaccard, shingles, signature
+from refractor_core.data.signatures import NGRAM, jaccard, packed, shingles, signature, signatures
 from tests.data.corpora import words
 
 PIECES = st.sampled_from(
@@ -74,11 +74,37 @@ def test_signatures_estimate_the_similarity():
     assert abs(np.mean(errors)) < 0.03 and np.std(errors) < 0.08
 
 
-def test_jaccard_of_sets():
-    sets = [np.array(values, np.uint64) for values in ([], [1, 2, 3], [2, 3, 4, 5])]
-    assert [jaccard(sets[1], sets[2]), jaccard(sets[1], sets[1]), jaccard(sets[0], sets[1]), jaccard(sets[0], sets[0])] == [0.4, 1, 0, 0]
+@settings(max_examples=200, deadline=None)
+@given(*[st.lists(st.integers(0, 30), max_size=40)] * 2)
+def test_jaccard_of_sets(left, right):
+    both, either = len({*left} & {*right}), len({*left} | {*right})
+    found = jaccard(np.array(sorted(left), np.uint64), np.array(sorted(right), np.uint64))
+    assert found == (both / either if either else 0)
 
 
-def test_truncated_and_invalid_utf8_is_read_to_its_end():
-    for text in (b"\xe6\x97", b"word \xf0\x9f", b"\xff\xfe word", b"a\x80b", b"\x00\x00"):
-        shingles(text)  # whatever it finds, it neither reads nor writes outside
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(b"\xe6\x97", 1), (b"a b c d e \xe6\x97", 6), (b"a b \xf0\x9f", 3), (b"\xff\xfe b c d", 3), (b"a\x80b c", 2), (b"\x00\x00", 0)],
+)
+def test_truncated_and_invalid_utf8_is_read_to_its_end(text, words):
+    """A broken character counts as the code point that its length's bytes spell so far; nothing outside the text is read."""
+    assert len(shingles(text)) == max(words - NGRAM + 1, min(words, 1))
+    assert len(shingles(b"one two three four. " * 5 + text)) == 20 + words - NGRAM + 1
+
+
+@pytest.mark.parametrize("piece", ["word ", "日 ", "日", "é ", "𠀀x ", "…a ", "日日😀x"])
+def test_characters_across_the_edge_of_a_window(piece):
+    """Sixty-four bytes are looked at together; where the window begins does not matter."""
+    expected = shingles((piece * 60).encode())
+    assert all(np.array_equal(shingles((" " * gap + piece * 60).encode()), expected) for gap in range(1, 66))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=90), max_size=6))
+def test_many_texts_at_once_are_each_by_itself(texts):
+    encoded = [text.encode() for text in texts]
+    found = signatures(*packed(encoded), 64)
+    assert found.shape == (len(texts), 64)
+    for text, row in zip(encoded, found):
+        assert np.array_equal(row, signature(shingles(text), 64))
+        assert len(shingles(text)) or (row == np.iinfo(np.uint32).max).all()

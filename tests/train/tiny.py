@@ -18,6 +18,7 @@ from refractor_core.telemetry.records import TIME_KEYS
 from refractor_core.train.directory import RunDirectory
 from refractor_core.train.launch import join
 from refractor_core.train.place import Place
+from tests.ranks import start_server
 
 STEPS = 8
 
@@ -120,7 +121,7 @@ def _in_process(run: RunConfig) -> None:
 def train_and_kill(run: RunConfig, after_step: int) -> int:
     """Trains in a process of its own and kills it with SIGKILL once ``after_step`` rows are written; the process's exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tests.train.tiny"])
+    start_server()
     process = context.Process(target=_in_process, args=(run,))
     process.start()
     metrics = Path(run.run.dir) / "metrics.jsonl"

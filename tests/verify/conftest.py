@@ -3,6 +3,13 @@
 import pytest
 
 from tests.distributed.documents import write
+from tests.ranks import start_server
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _server():
+    """One server for these tests' ranks and all others'."""
+    start_server()
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The lattice holds what users may ask for and nothing else; its cover tries every pair; its record lets it go on."""
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -82,8 +84,8 @@ def test_failures_are_on_record_too(layouts_config, tmp_path):
     assert [result.passed for result in results] == [False, True] and "planted in rank 1" in results[0].culprit
 
 
-def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path):
-    record = tmp_path / "lattice.jsonl"
+def _started(layouts_config, record):
+    """The command over a lattice, with two results on record."""
     command = [
         sys.executable,
         "-m",
@@ -102,11 +104,41 @@ def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path):
     while not (record.exists() and record.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path):
+    record = tmp_path / "lattice.jsonl"
+    process = _started(layouts_config, record)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from" in told and "Traceback" not in told
     assert re.search(r"\[2 of \d+ layouts, \d+ a minute, .* left\] ok ", told)
     assert all(json.loads(line)["passed"] for line in record.read_text().splitlines())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process table from /proc")
+def test_a_killed_command_leaves_no_rank_behind(layouts_config, tmp_path):
+    process = _started(layouts_config, tmp_path / "lattice.jsonl")
+    assert len(_of_session(process.pid)) >= 4
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while left := _of_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    process.stderr.close()
+
+
+def _of_session(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(folder.name))
+    return found
 
 
 def test_a_cover_needs_a_lattice(layouts_config, capsys):

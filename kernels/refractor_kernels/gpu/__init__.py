@@ -14,6 +14,7 @@ With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors in Triton's interpret
 
 import refractor_kernels.adamw
 import refractor_kernels.attention
+import refractor_kernels.cross_entropy
 import refractor_kernels.experts
 import refractor_kernels.norm
 import refractor_kernels.rotary
@@ -25,13 +26,14 @@ from refractor_kernels.gpu.backend import HINDRANCE
 
 _NAMES = (
     *("attention", "attention_with_lse", "span_attention", "span_attention_backward"),
-    *("experts", "rms_norm", "rms_norm_residual", "rotary", "route", "swiglu", "adamw"),
+    *("linear_cross_entropy", "linear_cross_entropy_partials", "adamw", "route"),
+    *("experts", "rms_norm", "rms_norm_residual", "rotary", "swiglu"),
 )
 
 if HINDRANCE is None:
-    from refractor_kernels.gpu import adamw, attention, experts, norm, rotary, router, swiglu
+    from refractor_kernels.gpu import adamw, attention, cross_entropy, experts, norm, rotary, router, swiglu
 
-    for _module in (adamw, attention, experts, norm, rotary, router, swiglu):
+    for _module in (adamw, attention, cross_entropy, experts, norm, rotary, router, swiglu):
         for _name, (_run, _refuse) in _module.OPS.items():
             Op.registry[_name].register("triton", _run, _refuse)
 else:

@@ -1,0 +1,42 @@
+"""A piece is there whole or not at all, and only for the key that it was made under."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from refractor_core.data.work import discard, finished, open_work
+
+
+def test_a_piece_appears_when_it_is_whole(tmp_path: Path) -> None:
+    with open_work(tmp_path / "set", "key") as work:
+        with finished(work.piece("read", 3)) as folder:
+            (folder / "a").write_text("a")
+            assert work.missing("read", range(2, 5)) == [2, 3, 4]
+        assert work.missing("read", range(2, 5)) == [2, 4] and (work.piece("read", 3) / "a").read_text() == "a"
+        with pytest.raises(KeyboardInterrupt), finished(work.piece("read", 4)) as folder:
+            (folder / "a").write_text("half")
+            raise KeyboardInterrupt
+        assert os.listdir(work.folder / "read") == ["000003"]
+        (work.folder / "read" / "unfinished-000004").mkdir()  # a kill
+    with open_work(tmp_path / "set", "key") as work:
+        assert os.listdir(work.folder / "read") == ["000003"]
+        discard(work)
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_key_begins_anew(tmp_path: Path) -> None:
+    with open_work(tmp_path / "set", "one") as work, finished(work.piece("all")):
+        pass
+    with open_work(tmp_path / "set", "two") as work:
+        assert not work.piece("all").exists()
+
+
+def test_two_builds_of_one_dataset_do_not_meet(tmp_path: Path) -> None:
+    with open_work(tmp_path / "set", "key"):
+        with pytest.raises(ValueError, match="data.dir = '.*set': another process is building"), open_work(tmp_path / "set", "key"):
+            pass
+        with open_work(tmp_path / "other", "key"):
+            pass
+    with open_work(tmp_path / "set", "key"):
+        pass
