@@ -72,16 +72,21 @@ def test_bad_arguments_are_named(message):
 def test_the_choice_is_explained():
     assert rk.explain("linear_cross_entropy", X.double(), X.double(), LABELS).startswith("linear_cross_entropy: torch (not triton: ")
     assert rk.explain("swiglu", Q, backend="torch") == "swiglu: torch (asked for)"
-    assert all("torch" in rk.backends(op) for op in rk.__all__ if op not in ("Routed", "explain", "backends"))
+    assert all("torch" in rk.backends(op) for op in rk.__all__ if op not in ("AdamWTensors", "Routed", "explain", "backends"))
 
 
 def test_unknown_ops_and_backends_are_refused():
-    with pytest.raises(ValueError, match="op='attend' is not one of attention"):
+    with pytest.raises(ValueError, match="op='attend' is not one of adamw, attention"):
         rk.explain("attend")
-    with pytest.raises(ValueError, match="backend='cuda' is not one of auto, triton, torch"):
-        rk.linear_cross_entropy(X, X, LABELS, backend="cuda")
-    with pytest.raises(ValueError, match="backend='cudnn' is not one of auto, triton, torch"):
-        rk.explain("swiglu", Q, backend="cudnn")
+    for call in (lambda: rk.linear_cross_entropy(X, X, LABELS, backend="cuda"), lambda: rk.explain("swiglu", Q, backend="cuda")):
+        with pytest.raises(ValueError, match="backend='cuda' is not one of auto, torch, triton, flash_attn, cudnn, apex"):
+            call()
+
+
+def test_an_op_without_the_named_backend_does_what_auto_would():
+    assert "there is no cudnn; " in rk.explain("swiglu", Q, backend="cudnn")
+    assert torch.equal(rk.swiglu(Q, backend="cudnn"), rk.swiglu(Q))
+    assert rk.attention(Q.to("meta"), KV.to("meta"), KV.to("meta"), backend="apex").device.type == "meta"
 
 
 def test_a_machine_without_triton_or_cuda_is_told_why():
