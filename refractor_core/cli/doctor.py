@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Everything that was looked for, in the order in which it matters."""
-    return [*_machine(), *_torch(), *_packages(), *_programs(), *_extras()]
+    return [*_machine(), *_torch(), *_packages(), *_kernels(), *_programs(), *_extras()]
 
 
 def _machine() -> Iterator[Finding]:
@@ -126,6 +126,19 @@ def _packages() -> Iterator[Finding]:
         yield Finding(name, "ok" if version else "missing", version or "not installed", "" if version else "run `make setup`")
     mend = "" if triton else "kernels=torch runs everywhere; for the kernels: pip install 'triton>=3.6'"
     yield Finding("triton", "ok" if triton else "optional", triton or "not installed", mend)
+
+
+def _kernels() -> Iterator[Finding]:
+    """What ``kernels: auto`` runs on this machine, op by op."""
+    try:
+        import torch
+
+        from refractor_kernels.survey import survey
+    except (ImportError, OSError):
+        return  # told above
+    for line in survey("cuda" if torch.cuda.is_available() else "cpu"):
+        op, told = line.split(": ", maxsplit=1)
+        yield Finding(f"op {op}", "ok", told)
 
 
 def _programs() -> Iterator[Finding]:
