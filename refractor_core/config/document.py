@@ -3,15 +3,18 @@
 ``python -m refractor_core.config.document`` rewrites the section between its markers in ``runbooks/specification.md``.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from refractor_core.config.loading import Document, dump
+from refractor_core.config.quality import RULES, RuleConfig
 from refractor_core.config.run import RunConfig
 from refractor_core.config.schema import describe, is_list, kind_of, sections_in
 from refractor_core.config.section import Section
+from refractor_core.config.signals import SIGNALS
 from refractor_core.config.yaml12 import Node, parse, to_yaml
 
 BEGIN = "<!-- generated from refractor_core/config by `python -m refractor_core.config.document`; do not edit by hand -->"
@@ -99,7 +102,19 @@ def _table(path: str, cls: type[Section]) -> list[str]:
         takes = f"{kind}, below" if sections_in(field.annotation) else describe(cls, name)
         cells = (f"`{name}`", takes, _default(cls, name), " ".join((field.description or "").split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if cls is RuleConfig and path == "data.filters.rules[]":
+        lines += ["", *_rules_and_signals()]
     return [*lines, ""]
+
+
+def _rules_and_signals() -> list[str]:
+    """The rules that hold by default, and the signals that rules may name."""
+    lines = ["Rules by default:", ""]
+    for rule in RULES:
+        given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in rule.model_dump(mode="json", exclude_defaults=True).items())
+        lines.append(f"- `{{{given}}}`")
+    lines += ["", "Signals:", ""]
+    return lines + [f"- `{name}`: {text}" for name, text in SIGNALS.items()]
 
 
 def _default(cls: type[Section], name: str) -> str:
@@ -108,6 +123,8 @@ def _default(cls: type[Section], name: str) -> str:
         return "**required**"
     if isinstance(field.default, Section):
         return "its keys' defaults"
+    if isinstance(field.default, tuple) and any(isinstance(item, Section) for item in field.default):
+        return f"{len(field.default)} sections, listed below"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     shown = str(value) if isinstance(value, list) else to_yaml(value).removesuffix("\n").removesuffix("\n...")
     return f"`{shown}`"

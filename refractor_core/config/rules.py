@@ -233,11 +233,14 @@ def vocabulary(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("model.vocab_size", size, f"a trained byte-level tokenizer needs at least {BYTES_AND_END} tokens")
 
 
-def document_lengths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    filters = config.data.filters
-    if filters.min_characters > filters.max_characters:
-        expected = f"must be at most max_characters = {filters.max_characters}, else no document passes"
-        yield Problem("data.filters.min_characters", filters.min_characters, expected)
+def filter_rules(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for name in ("rules", "extra_rules"):
+        for index, rule in enumerate(getattr(config.data.filters, name, ())):
+            key = f"data.filters.{name}.{index}"
+            if rule.min is None and rule.max is None:
+                yield Problem(f"{key}.min", None, f"a rule on {rule.signal} needs min or max")
+            elif rule.min is not None and rule.max is not None and rule.min > rule.max:
+                yield Problem(f"{key}.min", rule.min, f"must be at most max = {rule.max:g}, else no document passes")
 
 
 def bands(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -272,7 +275,7 @@ RULES: tuple[Rule, ...] = (
     curriculum_covers,
     warmup_fits,
     vocabulary,
-    document_lengths,
+    filter_rules,
     bands,
     averaged_weights,
 )

@@ -16,13 +16,13 @@ EXCERPT = 200
 
 @dataclass(frozen=True)
 class Removal:
-    """One removed document.
+    """One removed or changed document.
 
     Args:
         document: its id; of an unreadable file or line, the id it would have had.
         source: name of the entry in ``data.sources``.
         path: where in the source.
-        stage: ``read``, ``filter``, ``exact`` or ``near``.
+        stage: ``read``, ``filter``, ``exact``, ``near``, …, or one of ``CHANGES``, of a document that stays.
         rule: what it broke, such as ``min_characters`` or ``invalid_json``.
         value: what was measured, where the rule measures.
         threshold: what it was held against.
@@ -41,6 +41,8 @@ class Removal:
     detail: str = ""
 
 
+CHANGES = ("mask", "paragraph")
+"""Stages whose rows tell of a document that was changed and stays."""
 NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
 SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
 ROWS = 8192

@@ -18,8 +18,8 @@ from refractor_core.data.dedup.clusters import Duplicates
 from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
 from refractor_core.data.dedup.sketches import Sketches, sketch
 from refractor_core.data.documents import Document, Unreadable
-from refractor_core.data.filters import violation
 from refractor_core.data.progress import stage_bar
+from refractor_core.data.screen import screen
 from refractor_core.data.sources import list_files, read_file
 
 SORTING = 256 << 20
@@ -81,9 +81,11 @@ def _filter(documents: Sequence[Document], config: DataConfig) -> tuple[list[Doc
     kept, removals = [], []
     with stage_bar("filter", sum(len(document.encoded) for document in documents), "B") as update:
         for document in documents:
-            broken = violation(document.text, config.filters)
+            (screened,) = screen([document], config)
+            broken = screened.violation
             if broken is None:
-                kept.append(document)
+                kept.append(screened.document)
+                removals += [_removal(document, "mask", rule, count, None) for rule, count in screened.masked.items()]
             else:
                 removals.append(_removal(document, "filter", broken.rule, broken.value, broken.threshold))
             update(len(document.encoded))

@@ -37,11 +37,14 @@ def read_part(part: Part, config: DataConfig, folder: Path, begin: Callable[[str
             if isinstance(item, Unreadable):
                 audit.add(unreadable(item))
                 continue
-            for document, screened in zip(item, screen(item, config), strict=True):
-                if screened.violation is None:
+            for screened in screen(item, config):
+                document, broken = screened.document, screened.violation
+                if broken is None:
                     writer.add(document, screened.language, screened.signals)
+                    for rule, count in screened.masked.items():
+                        audit.add(removal(document, "mask", rule, count, None))
                 else:
-                    audit.add(removal(document, "filter", screened.violation.rule, screened.violation.value, screened.violation.threshold))
+                    audit.add(removal(document, "filter", broken.rule, broken.value, broken.threshold))
 
 
 def _items(part: Part, config: DataConfig, begin: Callable[[str], object], poison: Mapping[str, str]) -> Iterator[Document | Unreadable]:

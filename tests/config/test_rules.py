@@ -82,7 +82,17 @@ CASES = [
     ("warmup_fits", ["schedule.warmup_steps=30"], "schedule.warmup_steps", ["schedule.warmup_steps=29"], None),
     ("vocabulary", ["model.vocab_size=256"], "model.vocab_size", ["model.vocab_size=257"], None),
     ("vocabulary", ["model.vocab_size=256"], "model.vocab_size", ["model.vocab_size=256", "data.tokenizer.path=t.json"], None),
-    ("document_lengths", ["data.filters.max_characters=199"], "data.filters.min_characters", ["data.filters.max_characters=200"], None),
+    *(
+        (
+            "filter_rules",
+            [f"data.filters.{name}=[{{signal: words, {bad}}}]"],
+            f"data.filters.{name}.0.min",
+            [f"data.filters.{name}=[{{signal: words, {good}}}]"],
+            None,
+        )
+        for name in ("rules", "extra_rules")
+        for bad, good in (("kind: prose", "kind: prose, max: 1"), ("min: 3, max: 2", "min: 2, max: 2"))
+    ),
     *(
         ("bands", [f"objectives.{name}.band=[1, 1]"], f"objectives.{name}.band", [f"objectives.{name}.band=[1, 1.1]"], None)
         for name in ("load_balance", "z_loss", "regret")

@@ -13,6 +13,7 @@ from refractor_core.data.store import StoreWriter, token_dtype
 
 SPACING = 10_000_000
 """``position_dataset``: token of position p in source s is s · SPACING + p."""
+PLAIN_RULES = [{"signal": "characters", "min": 200, "max": 10_000_000}, {"signal": "printable_share", "min": 0.95}]
 
 
 def words(seed: int, count: int) -> str:
@@ -29,7 +30,11 @@ def run_config(directory: Path | str, sources: list[dict[str, Any]] | None = Non
         "run": {"name": "test", "dir": "unused", "steps": 10, "seed": 7},
         "model": {"vocab_size": 300, "hidden_size": 16, "num_layers": 1, "num_heads": 2},
         "batch": {"global_batch_size": 6, "micro_batch_size": 2},
-        "data": {"dir": str(directory), "sources": sources or [{"name": "code", "kind": "python_stdlib", "domain": "code"}]},
+        "data": {
+            "dir": str(directory),
+            "sources": sources or [{"name": "code", "kind": "python_stdlib", "domain": "code"}],
+            "filters": {"rules": PLAIN_RULES},  # the texts here are no prose
+        },
         "curriculum": {"stages": [{"until_step": 10, "sequence_length": 16}]},
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"warmup_steps": 1, "decay_steps": 5},

@@ -1,0 +1,1 @@
+"""Quality: signals, personal data, rules, language, perplexity."""
