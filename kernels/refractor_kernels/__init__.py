@@ -8,7 +8,7 @@ stays float64. Bad arguments raise a ``ValueError`` that names the argument.
 This package imports nothing but torch (and, where installed, triton).
 """
 
-from refractor_kernels import gpu  # noqa: F401 — registers its kernels with the families that it imports
+from refractor_kernels import attention_libraries, gpu  # noqa: F401 — register what they have with the families that they import
 from refractor_kernels.adamw import AdamWTensors, adamw
 from refractor_kernels.attention import attention, attention_with_lse
 from refractor_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_partials

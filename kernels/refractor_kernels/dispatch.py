@@ -30,7 +30,12 @@ class Backend:
 
 
 class Op:
-    """An operation and its implementations, best first. The reference is the last and refuses nothing."""
+    """An operation and its implementations, best first. The reference is the last and refuses nothing.
+
+    Attributes:
+        prefer: same arguments as the reference; (names in the order that ``auto`` tries first, where that is from), for an op whose best
+            implementation depends on architecture and shape. None: the order of registration.
+    """
 
     registry: dict[str, "Op"] = {}
 
@@ -38,6 +43,7 @@ class Op:
         """``fake`` has the reference's arguments and holds what the best kernel holds; None: the reference holds no more than that."""
         self.name, self.fake = name, fake
         self.backends = [Backend("torch", reference, lambda *tensors, **options: None)]
+        self.prefer: Callable[..., tuple[list[str], str]] | None = None
         Op.registry[name] = self
 
     def register(self, name: str, run: Callable[..., Any], refusal: Callable[..., str | None]) -> None:
@@ -68,13 +74,17 @@ class Op:
                 raise ValueError(f"{self.name}: backend={backend!r} does not support these arguments: {reason}")
             return named, "asked for"
         told = [] if backend == "auto" else [f"there is no {backend}"]
-        for candidate in self.backends:
+        candidates, source = self.backends, ""
+        if self.prefer is not None:
+            names, source = self.prefer(*tensors, **options)
+            candidates = sorted(self.backends, key=lambda backend: names.index(backend.name) if backend.name in names else len(names))
+        for candidate in candidates:
             reason = candidate.refusal(*tensors, **options)
             if reason is None:
                 break
             told.append(f"not {candidate.name}: {reason}")
         alone = "the only backend" if len(self.backends) == 1 else "the fastest that supports these arguments"
-        return candidate, "; ".join(told) or alone
+        return candidate, "; ".join([*told, *([f"order: {source}"] if source else [])]) or alone
 
     def __call__(self, backend: str, *tensors: Any, **options: Any) -> Any:
         if self._named(backend) is None:

@@ -56,26 +56,26 @@ def _adamw(
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_C + chunk)
     first = tl.load(number_C + chunk).to(tl.int64) * SPAN
-    last = tl.minimum(first + SPAN, tl.load(size_N + tensor))
+    length = tl.minimum(tl.load(size_N + tensor) - first, SPAN).to(tl.int32)
     factor = tl.load(factor_1)
-    last = tl.where(factor - factor == 0.0, last, first)  # not finite: there is nothing to do
+    length = tl.where(factor - factor == 0.0, length, 0)  # not finite: there is nothing to do
     kept = 1.0 - learning_rate * tl.load(decay_N + tensor)
     gradients, masters = _pointer(address_N6, tensor, 0, tl.float32), _pointer(address_N6, tensor, 1, tl.float32)
     firsts, seconds = _pointer(address_N6, tensor, 2, tl.float32), _pointer(address_N6, tensor, 3, tl.float32)
     weights, averages = _pointer(address_N6, tensor, 4, low.dtype.element_ty), _pointer(address_N6, tensor, 5, tl.float32)
     rate = learning_rate / correction
-    whole = first + (last - first) // BLOCK * BLOCK
-    for start in range(first, whole, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    whole = length // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        at = first + start + tl.arange(0, BLOCK)
         _update(
             gradients, masters, firsts, seconds, weights, averages, at, tl.full((BLOCK,), True, tl.int1), factor, kept, beta1, rest1, beta2,
             rest2, epsilon, root, rate, average_weight, LOW, AVERAGE,
         )  # fmt: skip
-    for start in range(whole, last, TAIL):
-        at = start + tl.arange(0, TAIL)
+    for start in range(whole, length, TAIL):
+        here = start + tl.arange(0, TAIL)
         _update(
-            gradients, masters, firsts, seconds, weights, averages, at, at < last, factor, kept, beta1, rest1, beta2, rest2, epsilon, root,
-            rate, average_weight, LOW, AVERAGE,
+            gradients, masters, firsts, seconds, weights, averages, first + here, here < length, factor, kept, beta1, rest1, beta2, rest2,
+            epsilon, root, rate, average_weight, LOW, AVERAGE,
         )  # fmt: skip
 
 

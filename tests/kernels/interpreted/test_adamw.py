@@ -7,6 +7,7 @@ import torch
 
 import refractor_kernels as rk
 from refractor_kernels import AdamWTensors
+from refractor_kernels.adamw import CHUNK
 from refractor_kernels.gpu import adamw as kernel
 from tests.kernels.test_adamw import RULE, cloned, formula, problem
 
@@ -63,6 +64,22 @@ def test_tensors_that_were_copied_are_the_ones_that_change():
     before, copy = cloned(t), cloned(t)
     kernel._step(*copy.lists, list(t.tables), torch.tensor(1.0), *numbers)
     assert all(torch.equal(a, b) for a, b in zip(t.masters, before.masters)) and not torch.equal(copy.masters[0], before.masters[0])
+
+
+def test_offsets_are_64_bit():
+    """The last elements of a tensor of more than 2³² elements, of which there are only these."""
+    far, t = 2**32, problem(torch.bfloat16, sizes=(130,))
+    expected = cloned(t)
+    rk.adamw(expected, count=1, backend="triton", **RULE)
+    _, addresses, sizes, decays, tensor, number = t.tables
+    bytes_each = torch.tensor([4, 4, 4, 4, 2, 4])
+    rule = RULE["learning_rate"], 0.9, 1 - 0.9, 0.95, 1 - 0.95, 1e-8, 1 - 0.9, math.sqrt(1 - 0.95), 0.0
+    kernel._adamw[(1,)](
+        addresses - far * bytes_each, sizes + far, decays, tensor, number + far // CHUNK, torch.ones(()), t.weights[0], *rule,
+        LOW=True, AVERAGE=False, SPAN=CHUNK, BLOCK=64, TAIL=16,
+    )  # fmt: skip
+    for name in ("masters", "first", "second", "weights"):
+        torch.testing.assert_close(getattr(t, name), getattr(expected, name))
 
 
 def test_what_does_not_fit_is_explained():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import refractor_kernels as rk
 from refractor_kernels.gpu import router
 from tests.kernels import oracles
+from tests.kernels.interpreted.far import Before, along_the_grid
 
 FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 GRADED = (0, 4, 5, 6)
@@ -99,6 +100,29 @@ def test_op_keeps_the_rules_of_torch_library_and_knows_its_shapes_without_data(n
     assert all((m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride()) for r, m in zip(real, meta, strict=True))
     gradients = [torch.randn_like(real[i]) for i in (0, 4, 5)]
     torch.library.opcheck(router._route_backward, (*gradients, logits, real[1], real[3], options[2], options[3], options[6]))
+
+
+def test_offsets_are_64_bit():
+    """A sequence of one token, far along the sequences: more than 2³¹ logits lie before it."""
+    far, logits, bias = 2**31 // 16 + 12_345, torch.randn(1, 16), torch.randn(16)
+    weights, share, index = torch.empty(1, 2), torch.empty(1, 2), torch.empty(1, 2, dtype=torch.int64)
+    best, load, sums = torch.empty(1, 2, dtype=torch.int32), torch.empty(1, 2, 16), torch.empty(1, 3)
+    tile = {"ROWS": 1, "COLUMNS": 16}
+    pairs = [Before(t, far * 2) for t in (weights, index, share, best)]
+    with along_the_grid(far):
+        router._forward[(1,)](
+            Before(logits, far * 16), bias, *pairs, Before(load, far * 32), Before(sums, far * 3), 1, 1, 16, 2, 16, 1, 1, 1, 1.0, 1.0,
+            SIGMOID=False, SWAYED=True, GROUPS=1, CHOICES=2, **tile,
+        )  # fmt: skip
+        expected = rk.route(logits, bias, top_k=2, backend="torch")
+        assert torch.equal(index, expected.indices_TK) and torch.equal(load[:, 0], expected.count_BE)
+        torch.testing.assert_close(weights, expected.weights_TK)
+        grad, parts, grad_logits = torch.ones(1, 2), torch.ones(1, 16), torch.full((1, 16), torch.nan)
+        router._backward[(1,)](
+            Before(grad, far * 2), Before(parts, far * 16), torch.ones(3), Before(logits, far * 16), pairs[1], pairs[3],
+            Before(grad_logits, far * 16), 1, 1, 16, 2, 1, 1.0, SIGMOID=False, SWAYED=True, **tile,
+        )  # fmt: skip
+    assert grad_logits.isfinite().all()
 
 
 def test_what_does_not_fit_is_explained():
