@@ -1,8 +1,9 @@
 """How fast batches come off a warm file on one core: ``BatchPlan`` beside a loop like Megatron-LM's and torch's DataLoader.
 
-All read the same windows of the same token stores. ``BatchPlan`` finds them from the step alone, masks targets across documents, and lists
-document boundaries. The others get the places of their windows from a ready-made table and only read tokens and labels: the Megatron-like
-loop joins the pieces of each document as GPTDataset does, the DataLoader (no workers) collates one pair of tensors per window.
+All read as many tokens of the same token stores, in random order. ``BatchPlan`` finds packs of whole documents from the step alone, masks
+targets across documents, and lists document boundaries. The others read windows of the concatenated documents from a ready-made table,
+and only tokens and labels: the Megatron-like loop joins the pieces of each document as GPTDataset does, the DataLoader (no workers)
+collates one pair of tensors per window.
 
 usage: python benchmarks/loader.py [--tokens 64000000] [--blocks 9]
 """
@@ -27,7 +28,7 @@ VOCABULARY = 32_000
 SHARES = {"web": 0.7, "code": 0.25, "books": 0.05}
 DOCUMENT = 800
 """Mean tokens of a document."""
-FLOOR = 20e6
+FLOOR = 50e6
 """Tokens per second that BatchPlan must reach."""
 
 
@@ -75,9 +76,12 @@ def run_config(length: int, rows: int, steps: int) -> RunConfig:
     )
 
 
-def window_table(plan: BatchPlan, steps: int) -> list[tuple[int, int]]:
-    """Source and first token of every window, in training's order."""
-    return [pair for step in range(steps) for pair in zip(*(part.tolist() for part in plan.windows(step)))]
+def window_table(dataset: Dataset, plan: BatchPlan, steps: int, length: int) -> list[tuple[int, int]]:
+    """Source and first token of as many windows as the plan has packs, of the same sources, at random."""
+    generator = np.random.default_rng(1)
+    sources = np.concatenate([plan.pieces(step)[0] for step in range(steps)])
+    last = np.array([len(store.tokens) - length - 1 for store in dataset.train])
+    return list(zip(sources.tolist(), generator.integers(0, last[sources]).tolist()))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -85,6 +89,7 @@ class Windows(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, table: list[tuple[int, int]], length: int, joined: bool):
         self.stores, self.table, self.length, self.joined = dataset.train, table, length, joined
+        self.offsets = [store.offsets for store in dataset.train]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -93,8 +98,8 @@ class Windows(torch.utils.data.Dataset):
         source, start = self.table[index]
         store, end = self.stores[source], start + self.length + 1
         if self.joined:
-            first, last = np.searchsorted(store.offsets, [start, end - 1], side="right") - 1
-            cuts = [start, *store.offsets[first + 1 : last + 1].tolist(), end]
+            first, last = np.searchsorted(self.offsets[source], [start, end - 1], side="right") - 1
+            cuts = [start, *self.offsets[source][first + 1 : last + 1].tolist(), end]
             sample = np.concatenate([store.tokens[low:high] for low, high in zip(cuts, cuts[1:])])
         else:
             sample = store.tokens[start:end]
@@ -144,11 +149,11 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
-        dataset = synthetic_dataset(Path(folder), args.tokens)
+        dataset = synthetic_dataset(Path(folder) / "dataset", args.tokens)
         for length, rows in ((512, 16), (512, 64), (2048, 16), (2048, 64)):
             steps = 8_000_000 // (rows * length)
             plan = BatchPlan(dataset, run_config(length, rows, steps))
-            table = window_table(plan, steps)
+            table = window_table(dataset, plan, steps, length)
             joined, plain = Windows(dataset, table, length, True), Windows(dataset, table, length, False)
             loaders = {
                 "batch_plan": lambda plan=plan, steps=steps: batch_plan(plan, steps),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.quality import FilterConfig, LanguagesConfig
@@ -47,6 +47,13 @@ class MixtureConfig(Section):
 
     temperature: PositiveFloat = 1.0
     """Share of a source with n tokens ∝ n^(1/temperature): 1 is proportional, large is uniform."""
+    shares: dict[str, NonNegativeFloat] | None = None
+    """Shares by source in place of the temperature's, in any unit; a source that is not named gets none."""
+    max_epochs: PositiveFloat | None = None
+    """Most times that training reads a source, over all stages. What the temperature would give a source beyond it goes to the others;
+    explicit shares that need more are refused. Null: no limit."""
+    source_max_epochs: dict[str, PositiveFloat] = {}
+    """The same for single sources, by name."""
 
 
 class DataConfig(Section):
@@ -68,6 +75,11 @@ class DataConfig(Section):
     """Removal of near-duplicates."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the sources."""
+    workers: PositiveInt = 1
+    """Processes that read, clean and tokenise; 1 works in the process that builds. Their number changes nothing in the dataset."""
+    memory_limit: ByteSize = Field("2GiB", validate_default=True)
+    """Memory that a build's processes take together, such as ``512MiB``. It changes nothing in the dataset; a limit too small to work in is
+    refused."""
     on_error: Literal["quarantine", "stop"] = "quarantine"
     """What happens to input that cannot be read: quarantine names it in the audit and goes on, stop ends the build at the first."""
     heldout_share: float = Field(0.02, gt=0, lt=0.5)
@@ -75,12 +87,24 @@ class DataConfig(Section):
 
 
 class StageConfig(Section):
-    """A stretch of training at one context length."""
+    """A stretch of training at one context length. It reads documents that the stages before it have not read in this epoch."""
 
     until_step: PositiveInt
     """First step that is no longer in this stage."""
     sequence_length: PositiveInt
-    """Tokens per sequence."""
+    """Tokens per sequence. Documents are packed whole; longer ones are cut into full sequences and a rest."""
+    global_batch_size: PositiveInt | None = None
+    """Sequences per step in this stage; null: ``batch.global_batch_size``."""
+    temperature: PositiveFloat | None = None
+    """In this stage, in place of ``data.mixture``."""
+    shares: dict[str, NonNegativeFloat] | None = None
+    """In this stage, in place of ``data.mixture``."""
+    min_document_tokens: PositiveInt = 1
+    """Shorter documents are not for this stage."""
+    max_document_tokens: PositiveInt | None = None
+    """Longer documents are not for this stage, and stay whole for later ones."""
+    replay: bool = False
+    """Whether it begins its sources anew, and so reads again what the stages before it have read."""
     rope_scaling: RopeScalingConfig | None = None
     """Stretching of rotary positions from the stage's first step on, in place of ``model.rope.scaling``; null: the model's own. Checkpoints
     and exports carry the one that their last step ran with."""

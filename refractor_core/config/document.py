@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from refractor_core.config.loading import Document, dump
@@ -52,14 +53,15 @@ def summary(config: RunConfig) -> str:
     model, moe = config.model, config.model.moe
     experts = f", {moe.num_experts} experts of {moe.expert_hidden_size}, top {moe.top_k}" if moe else ", dense"
     lengths = " → ".join(str(stage.sequence_length) for stage in config.curriculum.stages)
-    rows = {
+    rows = " → ".join(str(size) for size, _ in groupby(config.rows))
+    told = {
         "run": f"{config.run.name}, {config.run.steps} steps, in {config.run.dir}",
         "model": f"{model.num_layers} layers of width {model.hidden_size}, {model.attention.kind}, {model.num_heads} heads{experts}",
-        "batch": f"{config.batch.global_batch_size} sequences a step in micro batches of {config.batch.micro_batch_size}; length {lengths}",
+        "batch": f"{rows} sequences a step in micro batches of {config.batch.micro_batch_size}; length {lengths}",
         "data": f"{len(config.data.sources)} sources, in {config.data.dir}",
         "optimizer": f"{config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g}, {config.precision.compute}",
     }
-    return "\n".join(f"{key:<10} {text}" for key, text in rows.items())
+    return "\n".join(f"{key:<10} {text}" for key, text in told.items())
 
 
 def dump_with_origins(config: RunConfig, document: Document) -> str:

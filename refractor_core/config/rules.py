@@ -181,12 +181,40 @@ def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Proble
     else:
         ranks = max(1, world_size // (parallel.pipeline * parallel.context * parallel.tensor))
     share = batch.micro_batch_size * ranks
-    if batch.global_batch_size % share:
-        nearest = max(1, round(batch.global_batch_size / share)) * share
-        expected = (
-            f"must be a multiple of micro_batch_size × data-parallel ranks = {batch.micro_batch_size} × {ranks}; the nearest is {nearest}"
-        )
-        yield Problem("batch.global_batch_size", batch.global_batch_size, expected)
+    yield from _divides("batch.global_batch_size", batch.global_batch_size, share, f"{batch.micro_batch_size} × {ranks}")
+    for index, stage in enumerate(config.curriculum.stages):
+        if (size := stage.global_batch_size) is not None:
+            key = f"curriculum.stages.{index}.global_batch_size"
+            yield from _divides(key, size, share, f"{batch.micro_batch_size} × {ranks}")
+
+
+def _divides(key: str, size: int, share: int, told: str) -> Iterator[Problem]:
+    if size % share:
+        nearest = max(1, round(size / share)) * share
+        yield Problem(key, size, f"must be a multiple of micro_batch_size × data-parallel ranks = {told}; the nearest is {nearest}")
+
+
+def mixture_names(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    known = {source.name for source in config.data.sources}
+    mixture, stages = config.data.mixture, config.curriculum.stages
+    given: dict[str, dict[str, float] | None] = {"data.mixture.shares": mixture.shares}
+    given |= {f"curriculum.stages.{index}.shares": stage.shares for index, stage in enumerate(stages)}
+    for key, shares in given.items():
+        if shares is not None and not sum(shares.values()):
+            yield Problem(key, shares, "must give at least one source a share above 0")
+    for key, named in {**given, "data.mixture.source_max_epochs": mixture.source_max_epochs}.items():
+        for name in named or ():
+            if name not in known:
+                yield Problem(f"{key}.{name}", named[name], f"is no source; data.sources has {', '.join(sorted(known))}")
+
+
+def stages_take_documents(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for index, stage in enumerate(config.curriculum.stages):
+        if stage.max_document_tokens is not None and stage.max_document_tokens < stage.min_document_tokens:
+            expected = f"must be at least min_document_tokens = {stage.min_document_tokens}, else the stage takes no document"
+            yield Problem(f"curriculum.stages.{index}.max_document_tokens", stage.max_document_tokens, expected)
+        if stage.temperature is not None and stage.shares is not None:
+            yield Problem(f"curriculum.stages.{index}.temperature", stage.temperature, "has no say beside shares; leave out one of the two")
 
 
 def source_names(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -270,8 +298,10 @@ RULES: tuple[Rule, ...] = (
     deepspeed_fits,
     batch_division,
     source_names,
+    mixture_names,
     tokenizer_path,
     stages_ascend,
+    stages_take_documents,
     curriculum_covers,
     warmup_fits,
     vocabulary,

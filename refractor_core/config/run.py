@@ -75,6 +75,11 @@ class RunConfig(Section):
     faults: FaultsConfig = FaultsConfig()
     """Faults to plant."""
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Sequences per step in each stage of the curriculum."""
+        return tuple(stage.global_batch_size or self.batch.global_batch_size for stage in self.curriculum.stages)
+
     def rope_scalings(self, until_step: int) -> list[tuple[int, RopeScalingConfig | None]]:
         """(first step, stretching of rotary positions from it on) of every change before ``until_step``; the first is at step 0."""
         found: list[tuple[int, RopeScalingConfig | None]] = []

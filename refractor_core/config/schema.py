@@ -108,6 +108,8 @@ def _describe(schema: dict, definitions: dict) -> str:
             return f"a list of {len(schema['prefixItems'])} items, each {_describe(schema['prefixItems'][0], definitions)}"
         least = f" of at least {schema['minItems']}" if "minItems" in schema else ""
         return f"a list{least}, each {_describe(schema['items'], definitions)}"
+    if kind == "object":
+        return f"names, each with {_describe(schema['additionalProperties'], definitions)}"
     if kind == "string":
         return "text" + (f" that matches `{schema['pattern']}`" if "pattern" in schema else "")
     if kind in ("boolean", "null"):

@@ -27,7 +27,7 @@ class FileSource(Source):
     """Domain that held-out evaluation reports by."""
     license: str = "unknown"
     """Licence of every document that does not say its own."""
-    max_document_bytes: PositiveInt = 67_108_864
+    max_document_bytes: PositiveInt = 16_777_216
     """Larger documents (in JSONL: lines) are told in the audit and left out, so that memory stays bounded."""
 
 

@@ -1,4 +1,4 @@
-"""What was removed and why: one row per document, kept with the dataset."""
+"""What was removed or changed and why: one row per document and reason, kept with the dataset."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -8,7 +8,7 @@ from types import TracebackType
 import pyarrow
 import pyarrow.parquet
 
-from refractor_core.data.columns import column
+from refractor_core.data.columns import TableWriter, column
 
 EXCERPT = 200
 """Characters of a removed text that its row shows."""
@@ -47,40 +47,45 @@ NUMBERS = {"value": pyarrow.float64(), "threshold": pyarrow.float64()}
 SCHEMA = pyarrow.schema([(field.name, NUMBERS.get(field.name, pyarrow.string())) for field in fields(Removal)])
 ROWS = 8192
 """Rows of a row group."""
+HELD = 512
+"""Rows held as Python objects."""
 
 
 class AuditWriter:
-    """Writes removals as parquet, a row group at a time; the file is whole when the ``with`` ends."""
+    """Writes rows as parquet; the file is whole when the ``with`` ends."""
 
     def __init__(self, path: Path):
-        self._writer = pyarrow.parquet.ParquetWriter(path, SCHEMA)
+        self._writer = TableWriter(path, SCHEMA, ROWS)
         self._rows: list[Removal] = []
 
     def add(self, removal: Removal) -> None:
         """Appends one row."""
         self._rows.append(removal)
-        if len(self._rows) == ROWS:
+        if len(self._rows) == HELD:
             self._flush()
 
     def _flush(self) -> None:
         arrays = [column([getattr(row, field.name) for row in self._rows], field.type) for field in SCHEMA]
-        self._writer.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
+        self._writer.add(pyarrow.Table.from_arrays(arrays, schema=SCHEMA))
         self._rows = []
 
     def __enter__(self) -> "AuditWriter":
+        self._writer.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None and self._rows:
             self._flush()
-        self._writer.close()
+        self._writer.__exit__(kind, error, trace)
 
 
-def write_audit(path: Path, removals: Iterable[Removal]) -> None:
-    """Writes the rows in the given order."""
-    with AuditWriter(path) as writer:
-        for removal in removals:
-            writer.add(removal)
+def join_audits(path: Path, pieces: Iterable[Path]) -> None:
+    """Writes the rows of all pieces, one after another."""
+    with TableWriter(path, SCHEMA, ROWS) as writer:
+        for piece in pieces:
+            with pyarrow.parquet.ParquetFile(piece) as table:
+                for batch in table.iter_batches(ROWS, use_threads=False):
+                    writer.add(pyarrow.Table.from_batches([batch]))
 
 
 def read_audit(path: Path) -> Iterator[Removal]:

@@ -4,9 +4,12 @@ pyarrow's own conversions import pandas where it is installed, which costs every
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 
 
 def bytes_column(values: Sequence[bytes], kind: pyarrow.DataType) -> pyarrow.Array:
@@ -37,8 +40,47 @@ def column(values: Iterable, kind: pyarrow.DataType) -> pyarrow.Array:
     return pyarrow.Array.from_buffers(kind, len(values), [mask, *array.buffers()[1:]])
 
 
-def values(array: pyarrow.Array) -> list | np.ndarray:
-    """The values of a column that was not sliced and has no nulls: numbers as numpy's, all else as Python's."""
+def values(array: pyarrow.Array) -> np.ndarray:
+    """The values of a column that was not sliced and has no nulls: numbers in their own type, all else as objects, Python's own."""
     if not pyarrow.types.is_floating(array.type) and not pyarrow.types.is_integer(array.type):
-        return array.to_pylist()
-    return np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype(), len(array)) if len(array) else np.zeros(0)
+        found = np.empty(len(array), object)
+        found[:] = array.to_pylist()
+        return found
+    kind = array.type.to_pandas_dtype()
+    return np.frombuffer(array.buffers()[1], kind, len(array)) if len(array) else np.zeros(0, kind)
+
+
+def taken(table: pyarrow.Table, rows: np.ndarray) -> pyarrow.Table:
+    """The rows of a table, int64 [n], in this order."""
+    return table.take(column(rows, pyarrow.int64()))
+
+
+class TableWriter:
+    """Writes rows to parquet in groups of a fixed size, however they arrive; the file is whole when the ``with`` ends.
+
+    Args:
+        schema: of what is added.
+        rows: of a row group.
+    """
+
+    def __init__(self, path: Path, schema: pyarrow.Schema, rows: int):
+        self._writer, self._rows = pyarrow.parquet.ParquetWriter(path, schema), rows
+        self._held = pyarrow.Table.from_batches([], schema)
+
+    def add(self, table: pyarrow.Table) -> None:
+        """Appends rows."""
+        self._held = pyarrow.concat_tables([self._held, table])
+        while self._held.num_rows >= self._rows:
+            self._flush(self._rows)
+
+    def _flush(self, rows: int) -> None:
+        self._writer.write_table(self._held.slice(0, rows).combine_chunks(), row_group_size=rows)
+        self._held = self._held.slice(rows)
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._held.num_rows:
+            self._flush(self._held.num_rows)
+        self._writer.close()

@@ -1,150 +1,174 @@
-"""Sources to a clean corpus: read, filter, remove duplicates, hold out. Everything that goes leaves an audit row.
+"""All documents that were read, under one numbering, on disk; texts as later stages changed them.
 
-The corpus is held in memory, texts included.
+A document's *number* is its position over all segments in order: segments lie in the order of their parts, rows in the order read.
 """
 
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import TracebackType
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 
-from refractor_core.config.data import DataConfig
-from refractor_core.data.audit import EXCERPT, Removal
-from refractor_core.data.dedup.clusters import Duplicates
-from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
-from refractor_core.data.dedup.sketches import Sketches, sketch
-from refractor_core.data.documents import Document, Unreadable
-from refractor_core.data.progress import stage_bar
-from refractor_core.data.screen import screen
-from refractor_core.data.sources import list_files, read_file
+from refractor_core.data.columns import column
+from refractor_core.data.documents import Document
+from refractor_core.data.parts import BATCH_BYTES, PartReader
 
-SORTING = 256 << 20
-"""Bytes that the search for duplicates may sort in."""
+READERS = 64
+"""Segments that a corpus keeps open."""
+CHANGES = pyarrow.schema([("number", pyarrow.int64()), ("text", pyarrow.large_binary())])
+
+
+class ChangesWriter:
+    """Writes texts that replace those of documents, in ascending order of their numbers; whole when the ``with`` ends."""
+
+    def __init__(self, path: Path):
+        self._writer = pyarrow.ipc.new_file(str(path), CHANGES)
+        self._rows: list[tuple[int, bytes]] = []
+        self._bytes = 0
+
+    def add(self, number: int, text: bytes) -> None:
+        """The document's text is now this, in UTF-8."""
+        self._rows.append((number, text))
+        self._bytes += len(text) + 16
+        if self._bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrays = [column(values, field.type) for values, field in zip(zip(*self._rows, strict=True), CHANGES, strict=True)]
+        self._writer.write_batch(pyarrow.record_batch(arrays, schema=CHANGES))
+        self._rows, self._bytes = [], 0
+
+    def __enter__(self) -> "ChangesWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._rows:
+            self._flush()
+        self._writer.close()
+
+
+class Changes:
+    """Texts that replace those of documents.
+
+    Args:
+        paths: what ``ChangesWriter`` wrote, numbers ascending over all files.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = tuple(paths)
+        readers = [PartReader(path) for path in paths]
+        self._numbers = np.concatenate([np.zeros(0, np.int64), *(reader.column("number").astype(np.int64) for reader in readers)])
+        self._starts = np.cumsum([0, *map(len, readers)])
+
+    def text(self, number: int) -> bytes | None:
+        """The new text of a document, ``None`` for one that has not changed."""
+        row = int(np.searchsorted(self._numbers, number))
+        if row == len(self._numbers) or self._numbers[row] != number:
+            return None
+        file = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return PartReader(self.paths[file]).text(row - int(self._starts[file]))
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A segment and what has become of its documents; plain enough to be sent to other processes.
+
+    Args:
+        path: its file.
+        source: index into ``data.sources``.
+        first: number of its first document.
+        kept: bool [rows], who is still in.
+        changes: (stage, files of changed texts of the whole corpus), the latest stage last.
+    """
+
+    path: Path
+    source: int
+    first: int
+    kept: np.ndarray
+    changes: tuple[tuple[str, tuple[Path, ...]], ...] = ()
+
+    @cached_property
+    def reader(self) -> PartReader:
+        """Its documents as they were read."""
+        return PartReader(self.path)
+
+    @cached_property
+    def _changes(self) -> list[tuple[str, Changes]]:
+        return [(stage, Changes(paths)) for stage, paths in self.changes]
+
+    def size(self) -> int:
+        """Bytes of the texts of the documents that are kept, as they were read."""
+        return int(PartReader(self.path).sizes()[self.kept].sum())
+
+    def text(self, row: int) -> tuple[bytes, list[str]]:
+        """The text of a row in UTF-8 as it is now, and the stages that changed it."""
+        number = self.first + row
+        found = [(stage, text) for stage, changes in self._changes if (text := changes.text(number)) is not None]
+        return (found[-1][1] if found else self.reader.text(row)), [stage for stage, _ in found]
+
+    def texts(self, everything: bool = False) -> Iterator[tuple[int, bytes]]:
+        """(number, text as it is now in UTF-8) of every document that is kept; with ``everything``, of the others too."""
+        for row in range(len(self.reader)) if everything else np.flatnonzero(self.kept).tolist():
+            yield self.first + row, self.text(row)[0]
+
+
 class Corpus:
-    """Kept documents by source, then id; what was removed; how many documents each source gave."""
+    """The documents of all segments under one numbering.
 
-    documents: list[Document]
-    removals: list[Removal]
-    read: Counter[str]
+    Args:
+        paths: the segments' files.
+        sources: index into ``data.sources`` of each.
 
-    def removed(self, source: str) -> dict[str, int]:
-        """Number of removals of a source at each stage that removed any."""
-        return dict(sorted(Counter(row.stage for row in self.removals if row.source == source).items()))
-
-
-def clean_corpus(config: DataConfig) -> Corpus:
-    """Reads every source and keeps what passes the filters and is no duplicate.
-
-    Raises:
-        ValueError: a source's path matches nothing, or a source gives no document that stays; all such sources are named.
+    Attributes:
+        starts: int64 [segments + 1], the number of each segment's first document, and how many there are in all.
+        sources: int64 [segments].
+        changes: by stage, texts that it has replaced; the latest stage last.
     """
-    documents, removals = _read_all(config)
-    read = Counter(document.source for document in documents)
-    read.update(row.source for row in removals)
-    documents, dropped = _filter(documents, config)
-    removals += dropped
-    documents, dropped = _deduplicate(documents, config)
-    removals += dropped
-    corpus = Corpus(documents, removals, read)
-    _refuse_empty(config, corpus)
-    return corpus
 
+    def __init__(self, paths: Sequence[Path], sources: Sequence[int]):
+        self.paths, self.sources = tuple(paths), np.array(sources, np.int64)
+        self.changes: dict[str, Changes] = {}
+        self._readers: OrderedDict[int, PartReader] = OrderedDict()
+        self.starts = np.zeros(len(paths) + 1, np.int64)
+        for number in range(len(paths)):
+            self.starts[number + 1] = self.starts[number] + len(self.reader(number))
 
-def _read_all(config: DataConfig) -> tuple[list[Document], list[Removal]]:
-    """Documents by source (in the order of the configuration), then id: the order of priority among duplicates."""
-    listed = [(source, list_files(source, f"data.sources.{index}")) for index, source in enumerate(config.sources)]
-    documents: list[Document] = []
-    removals: list[Removal] = []
-    with stage_bar("read", sum(len(files) for _, files in listed), "file") as update:
-        for source, files in listed:
-            own: list[Document] = []
-            for file in files:
-                for item in read_file(source, file):
-                    if isinstance(item, Unreadable):
-                        id = Document(item.source, item.path, "", "", "").id
-                        removals.append(Removal(id, item.source, item.path, "read", item.rule, detail=item.detail))
-                    else:
-                        own.append(item)
-                update(1)
-            documents += sorted(own, key=lambda document: document.id)
-    return documents, removals
+    def reader(self, segment: int) -> PartReader:
+        """One segment."""
+        if segment not in self._readers:
+            self._readers[segment] = PartReader(self.paths[segment])
+        self._readers.move_to_end(segment)
+        if len(self._readers) > READERS:
+            self._readers.popitem(last=False)
+        return self._readers[segment]
 
+    def __len__(self) -> int:
+        return int(self.starts[-1])
 
-def _filter(documents: Sequence[Document], config: DataConfig) -> tuple[list[Document], list[Removal]]:
-    kept, removals = [], []
-    with stage_bar("filter", sum(len(document.encoded) for document in documents), "B") as update:
-        for document in documents:
-            (screened,) = screen([document], config)
-            broken = screened.violation
-            if broken is None:
-                kept.append(screened.document)
-                removals += [_removal(document, "mask", rule, count, None) for rule, count in screened.masked.items()]
-            else:
-                removals.append(_removal(document, "filter", broken.rule, broken.value, broken.threshold))
-            update(len(document.encoded))
-    return kept, removals
+    def locate(self, number: int) -> tuple[int, int]:
+        """(segment, row) of a document."""
+        segment = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return segment, number - int(self.starts[segment])
 
+    def text(self, number: int) -> bytes:
+        """UTF-8 of a document, as it is now."""
+        for changes in reversed(self.changes.values()):
+            if (text := changes.text(number)) is not None:
+                return text
+        segment, row = self.locate(number)
+        return self.reader(segment).text(row)
 
-def _deduplicate(documents: Sequence[Document], config: DataConfig) -> tuple[list[Document], list[Removal]]:
-    near = config.deduplication
-    with stage_bar("sketch", sum(len(document.encoded) for document in documents), "B") as update:
-        sketches = Sketches([sketch((document.encoded for document in documents), near.bands * near.rows, update)])
-    rank, present = np.arange(len(documents)), np.ones(len(documents), bool)
-    with TemporaryDirectory() as folder:
-        found = exact_duplicates(sketches, rank, Path(folder), SORTING)
-        removals = _removals(documents, found, "exact", "normal_form", None)
-        present[found.removed] = False
-        if near.enabled:
-            found = near_duplicates(sketches, present, lambda number: documents[number].encoded, rank, near, Path(folder), SORTING)
-            removals += _removals(documents, found, "near", "jaccard", near.threshold)
-            present[found.removed] = False
-    return [document for document, stays in zip(documents, present) if stays], removals
+    def document(self, number: int) -> Document:
+        """A document with its provenance, its text as it was read."""
+        segment, row = self.locate(number)
+        return self.reader(segment).document(row)
 
-
-def _removals(documents: Sequence[Document], found: Duplicates, stage: str, rule: str, threshold: float | None) -> list[Removal]:
-    rows = zip(found.removed.tolist(), found.kept.tolist(), found.similarity.tolist())
-    return [_removal(documents[gone], stage, rule, similarity, threshold, documents[stays].id) for gone, stays, similarity in rows]
-
-
-def _removal(document: Document, stage: str, rule: str, value: float, threshold: float | None, twin: str | None = None) -> Removal:
-    return Removal(document.id, document.source, document.path, stage, rule, value, threshold, twin, document.text[:EXCERPT])
-
-
-def _refuse_empty(config: DataConfig, corpus: Corpus) -> None:
-    kept = Counter(document.source for document in corpus.documents)
-    empty = [(index, source) for index, source in enumerate(config.sources) if not kept[source.name]]
-    if empty:
-        lines = [f"data.sources.{index} (source {source.name!r}): {_why_empty(corpus, source.name)}" for index, source in empty]
-        raise ValueError("\n".join(lines))
-
-
-def _why_empty(corpus: Corpus, source: str) -> str:
-    """What became of a source's documents, with an example of one that could not be read."""
-    own = [row for row in corpus.removals if row.source == source]
-    rules = ", ".join(f"{rule} {count}" for rule, count in Counter(row.rule for row in own).most_common()) or "none"
-    unread = next((row for row in own if row.stage == "read"), None)
-    mend = f"{unread.path}: {unread.detail}; mend the files" if unread else "loosen data.filters, add documents"
-    return f"no document stays; {corpus.read[source]} were found, removed by rule: {rules}; {mend}, or remove the source"
-
-
-def held_out(documents: Sequence[Document], share: float) -> list[bool]:
-    """Which documents training never sees, one answer per document.
-
-    Decided by the hash of the path, so that a Python module and its own docstrings fall on the same side, and a document never changes
-    sides when others come or go. A source of two documents or more for which the hash chooses none gives up the one of smallest hash.
-    """
-    hashes = [hashlib.sha256(document.path.encode()).digest() for document in documents]
-    threshold = int(share * 2**64)
-    paths = {document.path for document, digest in zip(documents, hashes) if int.from_bytes(digest[:8], "big") < threshold}
-    for source in dict.fromkeys(document.source for document in documents):
-        own = sorted((digest, document.path) for document, digest in zip(documents, hashes) if document.source == source)
-        if len(own) > 1 and not any(path in paths for _, path in own):
-            paths.add(own[0][1])
-    return [document.path in paths for document in documents]
+    def column(self, name: str) -> np.ndarray:
+        """One column over all documents, for columns that fit in memory: 4 bytes per document for a signal."""
+        pieces = [self.reader(segment).column(name) for segment in range(len(self.paths))]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)

@@ -1,5 +1,7 @@
 """A look inside a dataset, as text for a terminal."""
 
+from collections import defaultdict
+
 from refractor_core.config.run import RunConfig
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
 from refractor_core.data.order import BatchPlan
@@ -20,16 +22,28 @@ def describe_dataset(dataset: Dataset, config: RunConfig) -> str:
             f"{source.name:<16}{source.domain:<12}{source.access:<8}{source.read:>9}{sum(source.removed.values()):>9}{train.documents:>11}{train.tokens:>14}"
             f"{train.bytes / train.tokens:>13.2f}{source.heldout.tokens:>12}"
         )
-    for stage in BatchPlan(dataset, config).describe():
+    plan = BatchPlan(dataset, config)
+    lines.append(f"packs in {plan.packs_folder}")
+    return "\n".join(lines + describe_stages(plan))
+
+
+def describe_stages(plan: BatchPlan) -> list[str]:
+    """What each stage of the curriculum will read, in lines."""
+    lines: list[str] = []
+    epochs: dict[str, float] = defaultdict(float)
+    for stage in plan.describe():
         lines.append(
             f"stage {stage['stage']}: steps {stage['first_step']} to {stage['until_step'] - 1}, {stage['sequences']} sequences of "
-            f"{stage['sequence_length']}, {stage['tokens']} tokens"
+            f"{stage['sequence_length']}, {stage['global_batch_size']} a step; {stage['tokens']} tokens of {stage['documents']} documents, "
+            f"{stage['padding']:.3%} padding"
         )
-        lines += [
-            f"  {name:<14}{own['share']:>8.2%}{own['tokens']:>14} tokens{own['epochs']:>9.2f} epochs"
-            for name, own in stage["sources"].items()
-        ]
-    return "\n".join(lines)
+        for name, own in stage["sources"].items():
+            epochs[name] += own["epochs"]
+            lines.append(
+                f"  {name:<14}{own['share']:>8.2%} of {own['target']:.2%}{own['tokens']:>14} tokens{own['documents']:>11} documents"
+                f"{own['epochs']:>9.2f} epochs, {epochs[name]:.2f} in all"
+            )
+    return lines
 
 
 def describe_removed(dataset: Dataset, samples: int) -> str:

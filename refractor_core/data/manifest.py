@@ -48,6 +48,17 @@ class SourceEntry(_Record):
     heldout: SplitEntry
 
 
+class StageEntry(_Record):
+    """A stage that every document went through: its name, the version of its code, and what it says of itself.
+
+    Which documents it changed, ``documents.parquet`` says in the column ``changed``.
+    """
+
+    name: str
+    version: str
+    facts: dict[str, Any] = {}
+
+
 class Manifest(_Record):
     """The dataset's ``manifest.json``. It holds no times and no names of this machine: equal inputs give equal bytes."""
 
@@ -62,6 +73,7 @@ class Manifest(_Record):
     eos_id: int
     dtype: str
     sources: tuple[SourceEntry, ...]
+    stages: tuple[StageEntry, ...] = ()
     files: dict[str, FileEntry]
 
     def text(self) -> str:
@@ -91,7 +103,14 @@ class Manifest(_Record):
             raise ValueError(f"{path}: {error}; run: refractor data build CONFIG --force") from error
 
 
-_NOT_CONTENT = {"dir": True, "mixture": True, "on_error": True, "tokenizer": {"backend"}}
+_NOT_CONTENT = {
+    "dir": True,
+    "mixture": True,
+    "workers": True,
+    "memory_limit": True,
+    "on_error": True,
+    "tokenizer": {"backend"},
+}
 """Keys of ``data`` that change nothing in a dataset; every backend of the tokenizer gives the same tokens."""
 
 

@@ -1,15 +1,30 @@
-"""How far a stage of the build is, how fast, and when it will be done."""
+"""How far a stage of the build is, how fast, when it will be done, and how much memory the build takes."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from refractor_core.data.memory import Memory, readable
+
+MEMORY_SECONDS = 1.0
+"""Between two looks at the memory."""
+
 
 @contextmanager
-def stage_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """A line on stderr with count, rate and ETA; yields the function that advances it. In a log it writes every five seconds at most."""
+def stage_bar(stage: str, total: int, unit: str, memory: Memory | None = None) -> Iterator[Callable[[int], object]]:
+    """A line on stderr with count, rate, ETA and memory; yields what advances it. In a log it writes every five seconds at most."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
     with tqdm(total=total, desc=f"{stage:<16}", unit=unit, unit_scale=True, file=sys.stderr, mininterval=interval) as bar:
-        yield bar.update
+        looked = 0.0
+
+        def advance(count: int) -> None:
+            nonlocal looked
+            if memory is not None and time.monotonic() - looked >= MEMORY_SECONDS:
+                bar.set_postfix_str(f"{readable(memory.used())} of {readable(memory.limit)}", refresh=False)
+                looked = time.monotonic()
+            bar.update(count)
+
+        yield advance

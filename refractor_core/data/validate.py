@@ -68,6 +68,10 @@ def _tokens(name: str, store: TokenStore, dataset: Dataset) -> tuple[list[str], 
     """Findings about one store, and how often it holds each token; one pass over its tokens."""
     vocab_size, eos = dataset.manifest.vocab_size, dataset.manifest.eos_id
     findings, counts = [], np.zeros(vocab_size, dtype=np.int64)
+    try:
+        store.check()
+    except ValueError as error:
+        return [str(error)], counts
     eos_at = []
     for begin in range(0, len(store.tokens), 1 << 22):
         chunk = store.tokens[begin : begin + (1 << 22)].astype(np.int64)
@@ -106,7 +110,7 @@ def _mix(dataset: Dataset, config: RunConfig) -> list[str]:
     findings = []
     for stage in plan.describe():
         for name, realised in stage["sources"].items():
-            target = plan.shares[name] * stage["sequences"]
+            target = realised["target"] * stage["sequences"]
             if abs(realised["sequences"] - target) > LARGEST_DEVIATION:
                 findings.append(
                     f"curriculum.stages.{stage['stage']}: {name} gets {realised['sequences']} sequences, its share is {target:.1f}"

@@ -1,14 +1,14 @@
 """The work folder beside a dataset: finished pieces of a build, so that an interrupted or killed one goes on where it stopped.
 
-A *piece* is what one stage made of one part (``read/000012``) or of all (``duplicates``): a folder that appears whole or not at all.
-What is there is never made again, and was made from the same inputs by the same configuration and code, or the work folder would have
-been emptied (its *key* says so). It goes when the build ends well.
+A *piece* is what one stage made of one part, or of all: a folder that appears whole or not at all and is never made again. Its name tells
+what it was made from, so that a file that was mended costs its own part alone; all was made by the same configuration and code, or the work
+folder would have been emptied (its *key* says so). It goes when the build ends well.
 """
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,15 @@ class Work:
 
     folder: Path
 
-    def piece(self, stage: str, number: int | None = None) -> Path:
-        """Where the piece of a part lies, or the one piece of a stage over all parts, finished or not."""
-        return self.folder / stage if number is None else self.folder / stage / f"{number:06}"
+    def piece(self, stage: str, name: str) -> Path:
+        """Where a piece lies, finished or not."""
+        return self.folder / stage / name
 
-    def missing(self, stage: str, numbers: Iterator[int] | range) -> list[int]:
-        """Those of the parts whose pieces of a stage are not there yet."""
-        return [number for number in numbers if not self.piece(stage, number).exists()]
+    def only(self, stage: str, names: Sequence[str]) -> None:
+        """Removes the pieces of a stage that have other names, and those of which nothing is wanted any more."""
+        for piece in sorted((self.folder / stage).glob("*")):
+            if piece.name not in names:
+                shutil.rmtree(piece)
 
 
 @contextmanager
@@ -74,9 +76,9 @@ def discard(work: Work) -> None:
 @contextmanager
 def finished(piece: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes ``piece``, flushed to disk, when the block ends without an error, and goes with one."""
-    unfinished = piece.with_name(UNFINISHED + piece.name)
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
+    # The process's own name: what a worker of a killed build still writes is never taken for this.
+    unfinished = piece.with_name(f"{UNFINISHED}{os.getpid()}-{piece.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished

@@ -50,9 +50,10 @@ def schedule_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem
         return
     replicas = _readers(parallel, world_size)
     # Where the batch does not divide, that is a mistake of its own, and at least one micro batch is what remains.
-    micro_batches = max(1, config.batch.global_batch_size // (config.batch.micro_batch_size * replicas))
-    for reason in schedules.problems(parallel.schedule, parallel.pipeline, micro_batches, parallel.virtual_pipeline):
-        yield Problem("parallel.schedule", parallel.schedule, f"{reason} (micro batches per step and pipeline: {micro_batches})")
+    for size in sorted(set(config.rows)):
+        micro_batches = max(1, size // (config.batch.micro_batch_size * replicas))
+        for reason in schedules.problems(parallel.schedule, parallel.pipeline, micro_batches, parallel.virtual_pipeline):
+            yield Problem("parallel.schedule", parallel.schedule, f"{reason} (micro batches per step and pipeline: {micro_batches})")
     stages = parallel.pipeline * parallel.virtual_pipeline
     if stages > layers:
         expected = f"× virtual_pipeline={parallel.virtual_pipeline} makes {stages} stages of model.num_layers = {layers}: at most {layers}"

@@ -148,7 +148,7 @@ def plan_memory(
     if problems:
         raise ConfigError(problems)
     layout = Layout.from_config(config.parallel, world_size)
-    micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * layout.data)
+    micro_batches = max(config.rows) // (config.batch.micro_batch_size * layout.data)
     length = max(stage.sequence_length for stage in config.curriculum.stages)
     passes, in_flight = _enough_passes(layout, micro_batches)
     given = Assumptions(length, passes, load, device)

@@ -44,7 +44,7 @@ class Records:
 
     def write_step(self, result: StepResult, step: int, tokens: int, sequence_length: int, seconds: float, flops_per_token: float) -> None:
         """Adds the row of a finished step."""
-        moved = self._config.batch.global_batch_size * sequence_length
+        moved = sum(result.sources) * sequence_length
         row = {
             "step": step,
             "tokens": tokens,
@@ -110,8 +110,8 @@ class Records:
 def total_tokens(config: RunConfig) -> int:
     """Tokens of the whole run."""
     total, begin = 0, 0
-    for stage in config.curriculum.stages:
+    for stage, rows in zip(config.curriculum.stages, config.rows):
         end = min(stage.until_step, config.run.steps)
-        total += max(0, end - begin) * stage.sequence_length
+        total += max(0, end - begin) * stage.sequence_length * rows
         begin = end
-    return total * config.batch.global_batch_size
+    return total

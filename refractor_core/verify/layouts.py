@@ -224,8 +224,8 @@ def _batch(config: RunConfig, synthetic: bool) -> Batch:
     folder = Path(config.data.dir)
     if not synthetic and folder.is_dir():
         return BatchPlan(Dataset.open(folder), config).batch(0)
-    length = config.curriculum.stages[0].sequence_length
-    return synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, length, config.run.seed)
+    stage = config.curriculum.stages[0]
+    return synthetic_batch(config.model.vocab_size, config.rows[0], stage.sequence_length, config.run.seed)
 
 
 def _digest(batch: Batch) -> str:

@@ -24,7 +24,8 @@ def shrunk(config: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     model = _model(config.model, tensor, inside, stages)
     chunks = math.lcm(*(layout.tensor * (2 * layout.context if layout.context > 1 else 1) for layout in layouts))
     length = _multiple(min(config.curriculum.stages[0].sequence_length, _LENGTH), chunks)
-    curriculum = tuple(stage.model_copy(update={"sequence_length": length}) for stage in config.curriculum.stages)
+    shorter = {"sequence_length": length, "global_batch_size": None}
+    curriculum = tuple(stage.model_copy(update=shorter) for stage in config.curriculum.stages)
     micro = min(config.batch.micro_batch_size, 2)
     count = max(2, math.lcm(*(layout.pipeline for layout in layouts)))  # micro batches that every schedule can do
     batch = config.batch.model_copy(update={"micro_batch_size": micro, "global_batch_size": count * micro * ranks})

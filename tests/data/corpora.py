@@ -12,7 +12,7 @@ from refractor_core.data.manifest import Manifest, SourceEntry, SplitEntry
 from refractor_core.data.store import StoreWriter, token_dtype
 
 SPACING = 10_000_000
-"""``position_dataset``: token of position p in source s is s · SPACING + p."""
+"""``position_dataset``: token of position p in source s is s · SPACING + p; the very last token is EOS, which pads."""
 PLAIN_RULES = [{"signal": "characters", "min": 200, "max": 10_000_000}, {"signal": "printable_share", "min": 0.95}]
 
 
@@ -89,7 +89,7 @@ def position_dataset(folder: Path, lengths: dict[str, list[int]]) -> Dataset:
         tokenizer_sha256="",
         tokenizer_size=vocab_size,
         vocab_size=vocab_size,
-        eos_id=0,
+        eos_id=vocab_size - 1,
         dtype="int32",
         sources=tuple(entries),
         files={},

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from refractor_core.config import RunConfig
-from refractor_core.data import Dataset, build, builder, sources
-from refractor_core.data.corpus import held_out
-from refractor_core.data.documents import Document
+from refractor_core.data import Dataset, build, builder, sources, tokenising
 from refractor_core.data.validate import validate
 from tests.data.corpora import run_config, words, write_corpus, write_jsonl
 
@@ -131,22 +129,6 @@ def test_text_cannot_end_a_document(tmp_path: Path) -> None:
     assert validate(build(config), config, full=True) == []
 
 
-def test_the_split_depends_on_each_document_alone_and_keeps_a_module_with_its_docstrings() -> None:
-    code = [Document("code", f"m{number}.py", "", "", "") for number in range(2000)]
-    prose = [Document("prose", f"m{number}.py", "", "", "") for number in range(2000)]
-    out = held_out(code + prose, 0.05)
-    assert out[:2000] == out[2000:] and 60 < sum(out[:2000]) < 140
-    assert held_out(code[::-1], 0.05)[::-1] == out[:2000]
-    assert held_out(code[:700], 0.05) == out[:700]
-
-
-def test_every_source_of_two_documents_holds_one_out() -> None:
-    documents = [Document(source, f"{source}{number}", "", "", "") for source in "abc" for number in range(2)]
-    out = held_out(documents, 1e-9)
-    assert [sum(out[i : i + 2]) for i in (0, 2, 4)] == [1, 1, 1]
-    assert held_out(documents[:1], 1e-9) == [False]
-
-
 def test_a_built_dataset_is_returned_refused_or_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = one_source(tmp_path, [words(number, 100) for number in range(10)])
     before = build(config).sha256
@@ -186,9 +168,12 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert entries(tmp_path / "dataset") == ["thesis.txt"]
 
 
+WORK = ".dataset.work"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ValueError("planted")])
-@pytest.mark.parametrize("place", ["_write_documents", "write_audit", "make_tokenizer", "_manifest"])
-def test_a_broken_build_leaves_the_old_dataset_and_nothing_else(
+@pytest.mark.parametrize("place", ["read_part", "tokenise", "join_audits", "make_tokenizer", "hash_file"])
+def test_a_broken_build_leaves_the_old_dataset_and_the_next_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, place: str
 ) -> None:
     config = one_source(tmp_path, [words(number, 100) for number in range(10)])
@@ -199,14 +184,18 @@ def test_a_broken_build_leaves_the_old_dataset_and_nothing_else(
     with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
         patch.setattr(builder, place, broken)
         build(config)
-    assert entries(tmp_path) == ["web.jsonl"]
+    assert entries(tmp_path) == [WORK, "web.jsonl"] and not list(tmp_path.rglob("unfinished-*"))
     if isinstance(error, OSError):
-        assert "No space left on device; building" in str(caught.value) and "left nothing behind" in str(caught.value)
+        assert "No space left on device; building" in str(caught.value) and "goes on from what is finished" in str(caught.value)
     build(config)
+    assert entries(tmp_path) == ["dataset", "web.jsonl"]
     before = tree(tmp_path / "dataset")
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(builder, place, broken)
         build(config, force=True)
+    assert tree(tmp_path / "dataset") == before
+    assert entries(tmp_path) == [WORK, "dataset", "web.jsonl"]
+    build(config, force=True)
     assert tree(tmp_path / "dataset") == before
     assert entries(tmp_path) == ["dataset", "web.jsonl"]
 
@@ -217,11 +206,13 @@ def test_a_file_system_that_takes_no_more_bytes(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
-        with pytest.raises(OSError, match=r"building .*dataset failed and left nothing behind"):
+        with pytest.raises(OSError, match=r"building .*dataset stopped and left it as it was; make room"):
             build(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert entries(tmp_path) == ["web.jsonl"]
+    assert entries(tmp_path) == [WORK, "web.jsonl"] and not list(tmp_path.rglob("unfinished-*"))
+    build(config)
+    assert validate(Dataset.open(config.data.dir, verify=True), config, full=True) == []
 
 
 KILLED = """
@@ -257,7 +248,7 @@ def test_a_source_that_gives_nothing_is_named_with_what_became_of_it(tmp_path: P
         build(one_source(tmp_path, ["a", "b", "c"]))
     with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no document stays; 0 were found"):
         build(one_source(tmp_path, []))
-    assert entries(tmp_path) == ["web.jsonl"]
+    assert entries(tmp_path) == [WORK, "web.jsonl"]
 
 
 def test_a_source_that_cannot_be_read_shows_where(tmp_path: Path) -> None:
@@ -281,7 +272,7 @@ def test_a_damaged_dataset_is_not_called_built(tmp_path: Path) -> None:
 
 def test_a_source_whose_documents_are_all_held_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = one_source(tmp_path, [words(0, 100)])
-    monkeypatch.setattr(builder, "held_out", lambda documents, share: [True] * len(documents))
+    monkeypatch.setattr(tokenising, "chosen", lambda path, share: True)
     with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): every document is held out"):
         build(config)
 

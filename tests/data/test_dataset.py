@@ -213,7 +213,7 @@ def test_inspect_shows_sources_stages_removals_documents_and_batches(
 ) -> None:
     row = pyarrow.parquet.read_table(copy[0] / "documents.parquet").to_pylist()[0]
     expected = {
-        (): ["books", "web", "stage 0: steps 0 to 9, 60 sequences of 16, 960 tokens"],
+        (): ["books", "web", "stage 0: steps 0 to 9, 60 sequences of 16, 6 a step"],
         ("--removed",): ["nothing was removed"],
         ("--document", row["id"]): [row["path"], "public-domain"],
         ("--batch", "3"): ["step 3: 6 sequences of 16"],

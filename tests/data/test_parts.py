@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from refractor_core.data import parts
+from refractor_core.data.corpus import Changes, ChangesWriter, Corpus
 from refractor_core.data.documents import Document
-from refractor_core.data.parts import Corpus, Part, PartReader, PartWriter, list_parts
+from refractor_core.data.parts import PartReader, PartWriter, list_parts
 from tests.data.sources.reading import source_of
 
 
@@ -20,11 +21,13 @@ def documents(count: int, seed: int = 0) -> list[Document]:
     return [Document("s", f"p{seed}:{i}", text, "MIT", "web", f"http://x/{i}") for i, text in enumerate(texts)]
 
 
-def write(path: Path, found: list[Document]) -> PartReader:
-    with PartWriter(path, ("even", "half")) as writer:
+def write(folder: Path, found: list[Document]) -> list[Path]:
+    """The segments that hold the documents."""
+    folder.mkdir()
+    with PartWriter(folder, ("even", "half")) as writer:
         for number, document in enumerate(found):
             writer.add(document, "en" if number % 3 else "", (number % 2 == 0, number / 2))
-    return PartReader(path)
+    return sorted(folder.iterdir())
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 500, 1 << 20])
@@ -32,8 +35,12 @@ def write(path: Path, found: list[Document]) -> PartReader:
 def test_what_goes_in_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, batch_bytes: int) -> None:
     monkeypatch.setattr(parts, "BATCH_BYTES", batch_bytes)
     found = documents(count)
-    reader = write(tmp_path / "p.arrow", found)
-    assert len(reader) == count
+    segments = write(tmp_path / "part", found)
+    assert len(segments) == (count > 0)
+    if not segments:
+        return
+    reader = PartReader(segments[0])
+    assert len(reader) == count and reader.sizes().tolist() == [len(document.encoded) for document in found]
     assert [reader.text(row) for row in range(count)] == [document.encoded for document in found]
     assert [reader.document(row) for row in range(count)] == found
     assert reader.column("half").tolist() == [number / 2 for number in range(count)]
@@ -45,25 +52,32 @@ def test_what_goes_in_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert all(batch.schema.names == ["text", "id"] for _, batch in reader.batches(["text", "id"]))
 
 
-def test_a_corpus_numbers_documents_over_all_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [7, 1 << 16])
+def test_a_corpus_numbers_documents_over_all_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(parts, "SEGMENT_ROWS", rows)
+    monkeypatch.setattr(parts, "BATCH_ROWS", 5)
     found = [documents(count, seed) for seed, count in enumerate((5, 0, 1, 40))]
-    paths = [tmp_path / f"{number}.arrow" for number in range(4)]
-    for path, own in zip(paths, found):
-        write(path, own)
-    corpus = Corpus([Part(number, 0, (), 0) for number in range(4)], paths)
+    segments = [(path, seed) for seed, own in enumerate(found) for path in write(tmp_path / str(seed), own)]
+    corpus = Corpus([path for path, _ in segments], [seed for _, seed in segments])
     flat = [document for own in found for document in own]
-    assert len(corpus) == len(flat) and corpus.starts.tolist() == [0, 5, 5, 6, 46]
+    assert len(corpus) == 46 and (np.diff(corpus.starts) <= max(rows + 5, 40)).all()
+    assert len(segments) == (3 if rows > 40 else 6) and corpus.sources.tolist() == [seed for _, seed in segments]
     assert [corpus.text(number) for number in range(46)] == [document.encoded for document in flat]
-    assert corpus.document(5) == found[2][0] and corpus.locate(45) == (3, 39)
+    assert corpus.document(5) == found[2][0]
     assert corpus.column("even").dtype == np.float32 and len(corpus.column("even")) == 46
+    with ChangesWriter(tmp_path / "changes") as writer:
+        writer.add(3, b"")
+        writer.add(45, b"new")
+    corpus.changes["stage"] = Changes([tmp_path / "changes"])
+    assert corpus.text(3) == b"" and corpus.text(45) == b"new" and corpus.text(44) == flat[44].encoded
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "p.arrow", documents(100))
-    content = (tmp_path / "p.arrow").read_bytes()
-    (tmp_path / "p.arrow").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"p.arrow: not a part .*build again"):
-        PartReader(tmp_path / "p.arrow")
+def test_a_damaged_segment_is_named(tmp_path: Path) -> None:
+    (path,) = write(tmp_path / "p", documents(100))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"000000.arrow: not a segment .*build again"):
+        PartReader(path)
 
 
 def test_parts_hold_consecutive_files_of_one_source_up_to_the_limit(tmp_path: Path) -> None:

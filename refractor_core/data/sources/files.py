@@ -4,6 +4,7 @@ import glob
 import gzip
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,19 @@ class SourceFile:
     path: Path
     label: str
     license: str = ""
+
+    def size(self) -> int:
+        """Bytes on disk; 0 for a file that is not there, which reading tells."""
+        with suppress(OSError):
+            return self.path.stat().st_size
+        return 0
+
+    def stamp(self) -> str:
+        """Changes when the file is written: its size and time."""
+        with suppress(OSError):
+            found = self.path.stat()
+            return f"{found.st_size} {found.st_mtime_ns}"
+        return "missing"
 
 
 class SourceError(ValueError):
