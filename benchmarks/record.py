@@ -13,11 +13,12 @@ from refractor_core.telemetry.machine import machine
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch", "numpy")) -> Path:
+def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch", "numpy"), folder: Path = RESULTS) -> Path:
     """Writes the figures and returns the file.
 
     Args:
         packages: whose versions matter to the figures.
+        folder: where to; ``results`` but for rehearsals.
     """
     told = {
         "benchmark": name,
@@ -27,8 +28,8 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in packages}},
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(told, indent=1) + "\n")
     return path
 

@@ -16,6 +16,7 @@ from refractor_kernels.dispatch import backends, explain
 from refractor_kernels.experts import experts
 from refractor_kernels.norm import rms_norm, rms_norm_residual
 from refractor_kernels.rotary import rotary
+from refractor_kernels.rounding import round_rows
 from refractor_kernels.routed import Routed
 from refractor_kernels.routing import route
 from refractor_kernels.span_attention import span_attention, span_attention_backward
@@ -35,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_residual",
     "rotary",
+    "round_rows",
     "route",
     "span_attention",
     "span_attention_backward",

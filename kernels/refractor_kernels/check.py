@@ -18,8 +18,8 @@ def without_values(x: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether numbers can be looked at without waiting for a device."""
-    return x.device.type == "cpu" and not without_values(x)
+    """Whether numbers can be looked at without waiting for a device, or breaking a graph that is being compiled."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not without_values(x)
 
 
 def shapes(op: str, spec: str, **tensors: Tensor) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from refractor_core.config.model import RopeScalingConfig
 from refractor_core.config.quality import FilterConfig, LanguagesConfig
@@ -29,8 +29,30 @@ class TokenizerConfig(Section):
         return {"kind": "file", **value} if isinstance(value, dict) and value.get("path") else value
 
 
+class ParagraphConfig(Section):
+    """Removal of paragraphs that repeat over many documents: they stay in the first document in order of priority only.
+
+    Paragraphs are what blank lines separate; a text without blank lines has one to a line. White space aside they must be equal.
+    """
+
+    enabled: bool = True
+    """Whether repeated paragraphs are looked for."""
+    min_documents: int = Field(10, ge=2)
+    """A paragraph that so many documents have is boilerplate."""
+    min_bytes: PositiveInt = 40
+    """Shorter paragraphs are left alone, in bytes of UTF-8 after runs of white space have become one space."""
+    min_characters_left: NonNegativeInt = 200
+    """A document that lost paragraphs and has fewer characters left is dropped."""
+    skip: tuple[str, ...] = ("code", "license")
+    """Domains, or names of sources, whose documents are neither searched nor changed."""
+
+
 class DeduplicationConfig(Section):
-    """Near-duplicate removal by MinHash and LSH (datasketch)."""
+    """Removal of duplicates: exact ones by hash, near ones by MinHash and LSH (datasketch), each verified, and repeated paragraphs.
+
+    Two texts are exact duplicates if they are equal but for runs of white space. Of duplicates the copy of the earliest source in
+    ``data.sources`` stays, of these the one of highest ``quality``, of these the one of smallest id.
+    """
 
     enabled: bool = True
     """False keeps near-duplicates; exact duplicates always go."""
@@ -40,6 +62,15 @@ class DeduplicationConfig(Section):
     """LSH bands."""
     rows: PositiveInt = 6
     """Permutations per band; bands · rows permutations in all."""
+    quality: str | None = None
+    """Name of the signal by which the better copy stays, higher being better; null: none, the id decides."""
+    paragraphs: ParagraphConfig = ParagraphConfig()
+    """Removal of repeated paragraphs."""
+    alarm_share: float = Field(0.5, gt=0, le=1)
+    """A source that would lose a larger share of its documents as duplicates, and at least twice the share of the other sources, stops the
+    build. 1 never does."""
+    alarm_except: tuple[str, ...] = ()
+    """Names of sources that may lose any share."""
 
 
 class MixtureConfig(Section):
@@ -103,6 +134,9 @@ class StageConfig(Section):
     """Shorter documents are not for this stage."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are not for this stage, and stay whole for later ones."""
+    retrieval_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the sequences that hold retrieval tasks instead of documents: needles in text, needles that lead to each other, passages
+    among like ones; at every depth, of full, half and quarter length. Only their answers have targets."""
     replay: bool = False
     """Whether it begins its sources anew, and so reads again what the stages before it have read."""
     rope_scaling: RopeScalingConfig | None = None

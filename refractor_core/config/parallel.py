@@ -10,10 +10,16 @@ from refractor_core.config.section import Section
 class DeepSpeedConfig(Section):
     """Read by ``engine: deepspeed``."""
 
-    stage: Literal[1, 2] = 1
-    """Of ZeRO: 1 divides optimizer state and masters; 2 also gradients, which are then summed in every micro batch."""
-    offload: Literal["none", "cpu"] = "none"
-    """Where masters, optimizer state and a rank's part of the gradients are kept, and updates done: beside the weights, or on the CPU."""
+    stage: Literal[1, 2, 3] = 1
+    """Of ZeRO: 1 divides optimizer state and masters; 2 also gradients, which are then summed in every micro batch; 3 also the layers'
+    weights, which are gathered for each layer's forward and backward pass."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where masters and optimizer state are kept, and updates done: beside the weights; in the CPU's memory, with a rank's part of the
+    gradients; or the same in files that the CPU works on."""
+    offload_folder: str | None = None
+    """Of ``offload: disk``: on each machine's own, fast disk. Nothing is left there when a run ends."""
+    offload_weights: bool = False
+    """Keeps a rank's part of the weights there too: ``stage: 3`` only."""
 
 
 class ParallelConfig(Section):

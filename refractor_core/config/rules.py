@@ -160,18 +160,21 @@ def deepspeed_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
     if config.optimizer.kind != "adamw":
         expected = f"flattens parameters, and {config.optimizer.kind} needs their rows and columns; write kind: adamw, or engine: zero1"
         yield Problem("parallel.engine", "deepspeed", expected)
-    compute = config.precision.compute
-    if compute not in ("fp32", "bf16"):
-        why = "has a loss scaler of its own for fp16" if compute == "fp16" else "keeps masters in float32, below the weights' format"
-        yield Problem("precision.compute", compute, f"engine deepspeed {why}; write bf16 or fp32, or engine: zero1")
-    elif compute == "bf16" and (options.stage, options.offload) != (2, "none"):
-        why = (
-            "adds micro batches' gradients up in bf16"
-            if options.offload != "none"
-            else "has another optimizer for bf16, without float32 sums"
-        )
-        mend = "write stage: 2 and offload: none, compute: fp32, or engine: zero1"
-        yield Problem("parallel.deepspeed", f"stage {options.stage}, offload {options.offload}", f"{why}; {mend}")
+    compute, stage, offload = config.precision.compute, options.stage, options.offload
+    if compute == "fp64":
+        yield Problem("precision.compute", compute, "engine deepspeed keeps masters in float32; write fp32, or engine: zero1")
+    elif compute != "fp32" and (stage == 1 or stage == 2 and offload != "none"):
+        why = f"has a way of its own for {compute}, not proven" if stage == 1 else f"adds micro batches' gradients up in {compute}"
+        mend = "write stage: 3, or stage: 2 with offload: none, or compute: fp32, or engine: zero1"
+        yield Problem("parallel.deepspeed", f"stage {stage}, offload {offload}", f"{why}; {mend}")
+    if offload == "disk" and not options.offload_folder:
+        yield Problem("parallel.deepspeed.offload_folder", None, "offload: disk needs a folder on each machine's own disk")
+    if offload != "disk" and options.offload_folder is not None:
+        expected = f"offload: {offload} reads no folder; write offload: disk"
+        yield Problem("parallel.deepspeed.offload_folder", options.offload_folder, expected)
+    if options.offload_weights and (stage < 3 or offload == "none"):
+        expected = f"stage {stage} with offload: {offload} keeps weights where they are used; write stage: 3 and offload: cpu or disk"
+        yield Problem("parallel.deepspeed.offload_weights", True, expected)
 
 
 def batch_division(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

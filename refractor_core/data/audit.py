@@ -22,7 +22,7 @@ class Removal:
         document: its id; of an unreadable file or line, the id it would have had.
         source: name of the entry in ``data.sources``.
         path: where in the source.
-        stage: ``read``, ``filter``, ``exact``, ``near``, …, or one of ``CHANGES``, of a document that stays.
+        stage: ``read``, ``filter``, ``exact``, ``near``, ``remainder``, …, or one of ``CHANGES``, of a document that stays.
         rule: what it broke, such as ``min_characters`` or ``invalid_json``.
         value: what was measured, where the rule measures.
         threshold: what it was held against.

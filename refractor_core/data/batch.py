@@ -4,7 +4,7 @@ Legend: B sequences, S tokens per sequence, N documents.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Batch:
         sources_B: int64 index into ``data.sources`` of each row.
         loss_tokens: labels other than ``IGNORE`` in the **global** batch, whatever the world size.
         sequences: rows of the global batch.
+        tasks_B: bool, which rows hold retrieval tasks; None where no row can.
     """
 
     tokens_BS: Tensor
@@ -32,13 +33,13 @@ class Batch:
     sources_B: Tensor
     loss_tokens: int
     sequences: int
+    tasks_B: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on ``device``."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            move(self.tokens_BS), move(self.labels_BS), move(self.cu_seqlens), move(self.sources_B), self.loss_tokens, self.sequences
-        )
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def micro_batches(self, size: int) -> Iterator["Batch"]:
         """Consecutive slices of at most ``size`` rows; ``loss_tokens`` and ``sequences`` stay those of the global batch."""
@@ -47,6 +48,11 @@ class Batch:
             last = min(first + size, rows)
             low, high = first * length, last * length
             bounds = self.cu_seqlens[(self.cu_seqlens >= low) & (self.cu_seqlens <= high)] - low
-            yield Batch(
-                self.tokens_BS[first:last], self.labels_BS[first:last], bounds, self.sources_B[first:last], self.loss_tokens, self.sequences
+            yield replace(
+                self,
+                tokens_BS=self.tokens_BS[first:last],
+                labels_BS=self.labels_BS[first:last],
+                cu_seqlens=bounds,
+                sources_B=self.sources_B[first:last],
+                tasks_B=None if self.tasks_B is None else self.tasks_B[first:last],
             )

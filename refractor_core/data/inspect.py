@@ -43,6 +43,10 @@ def describe_stages(plan: BatchPlan) -> list[str]:
                 f"  {name:<14}{own['share']:>8.2%} of {own['target']:.2%}{own['tokens']:>14} tokens{own['documents']:>11} documents"
                 f"{own['epochs']:>9.2f} epochs, {epochs[name]:.2f} in all"
             )
+        if tasks := stage["retrieval"]:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in tasks["kinds"].items())
+            lines.append(f"  retrieval tasks in {tasks['rows']} sequences: {kinds}")
+            lines += [f"    of {length} tokens, by depth: {' '.join(map(str, depths))}" for length, depths in tasks["depths"].items()]
     return lines
 
 

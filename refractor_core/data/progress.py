@@ -14,8 +14,9 @@ MEMORY_SECONDS = 1.0
 
 
 @contextmanager
-def stage_bar(stage: str, total: int, unit: str, memory: Memory | None = None) -> Iterator[Callable[[int], object]]:
-    """A line on stderr with count, rate, ETA and memory; yields what advances it. In a log it writes every five seconds at most."""
+def stage_bar(stage: str, total: int | None, unit: str, memory: Memory | None = None) -> Iterator[Callable[[int], object]]:
+    """A line on stderr with count, rate, ETA (where there is a total) and memory; yields what advances it. In a log it writes every five
+    seconds at most."""
     interval = 0.2 if sys.stderr.isatty() else 5.0
     with tqdm(total=total, desc=f"{stage:<16}", unit=unit, unit_scale=True, file=sys.stderr, mininterval=interval) as bar:
         looked = 0.0

@@ -235,7 +235,8 @@ def signatures(data: np.ndarray, offsets: np.ndarray, count: int) -> np.ndarray:
         count: permutations.
     """
     out = np.full((len(offsets) - 1, count), _LOW, np.uint32)
-    _signatures(data, offsets, *permutations(count), out)
+    if count:
+        _signatures(data, offsets, *permutations(count), out)
     return out
 
 

@@ -1,15 +1,17 @@
 """DeepSpeed's ZeRO as an engine: it sums gradients, divides them and the masters, gathers weights; norm, clips and checkpoints are ours.
 
-Each rank keeps a stretch of every parameter group's flattened weights, so all else sees ``Segment``s, as under ZeRO-1: checkpoints mean the
-same. Tensor ranks are told to DeepSpeed through an ``mpu``. What it is asked to leave alone: the loss scale, clipping, and averages over
-ranks (losses are divided by global counts). Source: Rajbhandari et al. 2020, arXiv 1910.02054; offload: Ren et al. 2021, arXiv 2101.06840.
+What a rank keeps are stretches of parameters, so all else sees ``Segment``s, as under ZeRO-1: checkpoints mean the same. Tensor ranks are
+told to DeepSpeed through an ``mpu``. What it is asked to leave alone: the loss scale, clipping, and averages over ranks (losses are divided
+by global counts). Source: Rajbhandari et al. 2020, arXiv 1910.02054; offload: Ren et al. 2021, arXiv 2101.06840.
 
-Written for DeepSpeed 0.19, whose partitions have no public names at stages 1 and 2: ``_Partition`` is all that knows them.
+Stage 3 gathers a module's weights before its forward pass and frees them after it. What is read elsewhere stays whole on every rank: the
+embedding and the head, which the loss reads; routers, whose losses go round their module's result; norms and biases, which are small.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +21,26 @@ from torch import Tensor, nn
 
 from refractor_core.config.parallel import DeepSpeedConfig
 from refractor_core.config.training import OptimizerConfig
+from refractor_core.model.layers import Linear
+from refractor_core.model.moe import Experts
 from refractor_core.optim.clipping import clip_
 from refractor_core.optim.ema import Ema
-from refractor_core.parallel.collectives import start_gather_in_place, sum_over
+from refractor_core.parallel.collectives import sum_over
 from refractor_core.parallel.mesh import Axis, Mesh
 from refractor_core.parallel.norm import gradient_norm
 from refractor_core.parallel.segments import Saved, Segment
+from refractor_core.train.deepspeed_partitions import SLOTS, FlatPartition, Partition, SplitPartition
 
 _BUCKET = 8 << 20
 """Elements that DeepSpeed reduces at once; it keeps a buffer of them."""
-_SLOTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeed:
     """The ``Engine`` on ``deepspeed.initialize``, with AdamW.
 
     Args:
-        model: whose parameters know their ``ShardSpec``, in float32 or bfloat16. Its ``run_stage`` is led through DeepSpeed, which must
-            see each forward pass.
+        model: whose parameters know their ``ShardSpec``, in float32, bfloat16 or float16. Its ``run_stage`` is led through DeepSpeed, which
+            must see each forward pass.
         mesh: the layout: data_shard × tensor.
         config: section ``optimizer``.
         options: section ``parallel.deepspeed``.
@@ -61,7 +65,9 @@ class DeepSpeed:
         stage.model = model
         self._engine = deepspeed.initialize(model=stage, optimizer=self._rule, config=document, mpu=ways, dist_init_required=False)[0]
         model.run_stage = self._run_stage
-        self._partitions = [_Partition(self._engine.optimizer, i, self._axis) for i in range(len(self._rule.param_groups))]
+        self._partitions = list(_partitions(self._engine.optimizer, self._axis, options))
+        if options.stage == 3:
+            _keep_whole(model, self._engine.optimizer)
         found = {p: (partition, segment) for partition in self._partitions for p, segment in partition.segments(dict(named)).items()}
         self.segments: list[Segment] = [found[p][1] for _, p in named]
         """This rank's stretch of each parameter, in model order; some may be empty."""
@@ -114,7 +120,7 @@ class DeepSpeed:
     def state(self) -> list[Saved]:
         """See ``Engine``."""
         owned = [(s, self._of[s.name]) for s in self.segments if s.last > s.first]
-        slots = [Saved(f"optimizer.{s.name}.{slot}", of.slot_of(s.name, slot), s.extent) for s, of in owned for slot in _SLOTS]
+        slots = [Saved(f"optimizer.{s.name}.{slot}", of.slot_of(s.name, slot), s.extent) for s, of in owned for slot in SLOTS]
         return [*self.masters(), *slots, Saved.whole("optimizer.step", self._count)]
 
     @torch.no_grad()
@@ -125,77 +131,25 @@ class DeepSpeed:
         for partition in self._partitions:
             partition.resume(int(self._count))
 
-    def close(self) -> None:
-        """See ``Engine``."""
-        self._engine.destroy()
+
+def _partitions(zero: Any, axis: Axis, options: DeepSpeedConfig) -> Iterator[Partition]:
+    folder = options.offload_folder
+    if options.stage < 3:
+        for index in range(len(zero.bit16_groups)):
+            yield FlatPartition(zero, index, axis, folder)
+    else:
+        for index in range(len(zero.fp16_groups)):
+            yield SplitPartition(zero, index, axis, folder, folder if options.offload_weights else None)
 
 
-class _Partition:
-    """This rank's part of one parameter group under ``DeepSpeedZeroOptimizer``, and its gradients.
-
-    Args:
-        zero: the optimizer that DeepSpeed made.
-        index: of the group.
-        axis: the ranks that divide it, evenly, in order of rank.
-    """
-
-    def __init__(self, zero: Any, index: int, axis: Axis):
-        self._zero, self._index, self._axis = zero, index, axis
-        self._weights: Tensor = zero.bit16_groups_flat[index]
-        self._master: Tensor = zero.single_partition_of_fp32_groups[index]
-        self._offloaded = self._master.grad is not None  # DeepSpeed lays gradients there itself
-        self._gradient = self._master.grad if self._offloaded else torch.zeros_like(self._master, requires_grad=False)
-        self._places: dict[str, slice] = {}
-        state = {slot: torch.zeros_like(self._master, requires_grad=False) for slot in _SLOTS}
-        zero.optimizer.state[self._master] = state | {"step": torch.zeros((), device=self._master.device)}
-
-    def segments(self, named: dict[str, nn.Parameter]) -> dict[nn.Parameter, Segment]:
-        """What this rank owns of each of the group's parameters; some are empty."""
-        size, found = self._master.numel(), {}
-        low = self._axis.rank * size
-        members = set(self._zero.bit16_groups[self._index])
-        for name, p in named.items():
-            if p not in members:
-                continue
-            at = (p.data_ptr() - self._weights.data_ptr()) // p.element_size()  # its data is a view of the flat weights
-            first, last = (min(max(edge - at, 0), p.numel()) for edge in (low, low + size))
-            place = slice(at + first - low, at + last - low) if first < last else slice(0, 0)
-            self._places[name] = place
-            weight = self._weights[at + first : at + last]
-            found[p] = Segment(name, p, first, last, self._gradient[place], weight, self._axis)
-        return found
-
-    def master_of(self, name: str) -> Tensor:
-        return self._master.detach()[self._places[name]]
-
-    def slot_of(self, name: str, slot: str) -> Tensor:
-        return self._zero.optimizer.state[self._master][slot][self._places[name]]
-
-    def forget(self) -> None:
-        """A step that was skipped leaves its gradients with DeepSpeed."""
-        self._zero.zero_grad()
-        self._zero.micro_step_id = -1
-        self._zero.averaged_gradients[self._index] = self._zero.all_grad_tensors[self._index] = None
-
-    def take_gradients(self) -> None:
-        """The sums over ranks, into the segments' gradients."""
-        if not self._offloaded:
-            parts = [part.reshape(-1) for part in self._zero.averaged_gradients[self._index]]
-            torch.cat(parts, out=self._gradient)
-
-    def give_gradients(self) -> None:
-        """The segments' gradients are those to update with."""
-        if not self._offloaded:
-            self._zero.averaged_gradients[self._index] = [self._gradient]
-
-    def resume(self, count: int) -> None:
-        """Master and slots were overwritten, as they are after ``count`` updates; collective."""
-        self._zero.optimizer.state[self._master]["step"].fill_(count)
-        size = self._master.numel()
-        self._weights[self._axis.rank * size : (self._axis.rank + 1) * size].copy_(self._master)
-        work = start_gather_in_place(self._weights, self._axis)
-        if work is not None:
-            work.wait()
+def _keep_whole(model: nn.Module, zero: Any) -> None:
+    """Marks what stage 3 must not free; ``load`` and each update then gather it."""
+    dividing = [m for m in model.layers.modules() if isinstance(m, (Linear, Experts))]
+    divided = {p for m in dividing for p in m.parameters(recurse=False) if len(p.ds_shape) > 1}
+    for p in model.parameters():
+        if p not in divided:
+            p.ds_persist = p.is_external_param = True  # the second, too, or it is freed until the order of modules is known
+            zero.persistent_parameters.append(p)
 
 
 class _Stage(nn.Module):
@@ -244,9 +198,13 @@ def _refuse(model: nn.Module, mesh: Mesh, config: OptimizerConfig, options: Deep
     named = ("pipeline", "context", "data_replicate", "expert", "expert_tensor")
     if too_many := [name for name in named if getattr(mesh.layout, name) > 1]:
         raise ValueError(f"engine deepspeed takes data_shard and tensor; {', '.join(too_many)} must be 1, or use zero1")
-    dtype, formats = next(model.parameters()).dtype, (torch.float32, torch.bfloat16) if options.stage == 2 else (torch.float32,)
-    if dtype not in formats or dtype == torch.bfloat16 and options.offload != "none":
+    dtype, summing = next(model.parameters()).dtype, options.stage == 3 or options.stage == 2 and options.offload == "none"
+    if dtype != torch.float32 and not (summing and dtype.itemsize == 2):
         raise ValueError(f"engine deepspeed, stage {options.stage}, offload {options.offload}: weights in {dtype}; use zero1")
+    if (options.offload == "disk") != (options.offload_folder is not None):
+        raise ValueError(f"engine deepspeed, offload {options.offload}: offload_folder is {options.offload_folder}")
+    if options.offload_weights and (options.stage < 3 or options.offload == "none"):
+        raise ValueError("engine deepspeed offloads weights in stage 3, and to where optimizer state goes: offload cpu or disk")
     if config.kind != "adamw":
         raise ValueError(f"engine deepspeed flattens parameters, which optimizer {config.kind} needs whole; use adamw")
 
@@ -259,6 +217,7 @@ def _import(device: torch.device) -> Any:
     except ImportError:
         raise ValueError("parallel.engine = deepspeed: DeepSpeed is not installed; get it with: pip install -e '.[deepspeed]'") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*_tensor` is deprecated", FutureWarning)  # collectives by torch's old names, in every step
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # all-reduces for inference on CPUs, compiled at every first start
     return deepspeed
 
@@ -266,17 +225,22 @@ def _import(device: torch.device) -> Any:
 def _document(options: DeepSpeedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration: plain sums in float32, no scale, no clipping, a micro batch that means nothing to it."""
     zero: dict[str, Any] = {"stage": options.stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET}
-    if options.offload == "cpu":
+    if options.offload != "none":  # disk as well: what DeepSpeed takes to be in memory is in mapped files
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if options.offload_weights:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    if options.stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": _BUCKET}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 1 << 62,
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "sum" if options.stage < 3 else "mean",  # stage 3 knows no other
         "gradient_clipping": 0.0,  # it would clip at 1 unless told, and offloaded gradients by a norm that has the loss scale in it
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},  # a fixed one, that does nothing: the scale is in the loss
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its own is compiled, and no faster than PyTorch's fused one

@@ -5,8 +5,7 @@
     begin, then per micro batch (before the last one: last_micro_batch) forward and backward, then finish, and update unless it is skipped.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -19,7 +18,7 @@ from refractor_core.optim.optimizer import Optimizer
 from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.parallel.norm import gradient_norm
-from refractor_core.parallel.segments import Saved
+from refractor_core.parallel.segments import Saved, Segment
 from refractor_core.parallel.sharding import fill_initial
 
 
@@ -53,44 +52,34 @@ class Engine(Protocol):
             fill: writes into a record's tensor what belongs there. It may leave tensors as they are.
         """
 
-    def close(self) -> None:
-        """Lets go of what the process would otherwise keep."""
 
-
-class Zero1:
-    """Plain parameters on every rank; optimizer state, masters and the sums of gradients divided over the ranks that share them (ZeRO-1).
+class Sharded:
+    """What engines have in common whose ranks keep segments, which our optimizer updates.
 
     Args:
-        model: whose parameters know their ``ShardSpec``; their storage is taken over by the gradient buffers.
+        segments: this rank's stretch of each parameter, in model order; some may be empty.
         mesh: the layout.
         config: section ``optimizer``.
         kernels: backend of the optimizer's ops.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, kernels: str = "auto"):
-        self._mesh = mesh
-        self.gradients = GradientBuffers(model.named_parameters(), mesh)
-        self.optimizer = Optimizer(self.gradients.segments, config, kernels)
+    def __init__(self, segments: list[Segment], mesh: Mesh, config: OptimizerConfig, kernels: str = "auto"):
+        self.segments, self._mesh = segments, mesh
+        self.optimizer = Optimizer(segments, config, kernels)
 
-    def begin(self) -> None:
-        """See ``Engine``."""
-        self.gradients.begin()
-
-    def last_micro_batch(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """See ``Engine``."""
-        self.gradients.last_micro_batch(parameters)
-
-    def finish(self, scale: float) -> Tensor:
-        """See ``Engine``."""
-        segments = self.gradients.finish()
+    def _unscaled_norm(self, scale: float) -> Tensor:
+        """The end of ``Engine.finish``, once the segments' gradients are summed."""
         if scale != 1.0:
-            torch._foreach_mul_([segment.gradient for segment in segments], 1.0 / scale)
-        return gradient_norm(segments, self._mesh)
+            torch._foreach_mul_([segment.gradient for segment in self.segments], 1.0 / scale)
+        return gradient_norm(self.segments, self._mesh)
+
+    def _gather_weights(self) -> None:
+        """Gives every rank the weights that it needs, after the segments' have changed; nothing where layers gather their own."""
 
     def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
         """See ``Engine``."""
         self.optimizer.step(learning_rate, clip_factor(norm, max_norm), ema)
-        self.gradients.gather_weights()
+        self._gather_weights()
 
     def masters(self) -> list[Saved]:
         """See ``Engine``."""
@@ -106,32 +95,38 @@ class Zero1:
         for saved in self.state():
             fill(saved)
         self.optimizer.resume()
-        self.gradients.gather_weights()
+        self._gather_weights()
 
-    @contextmanager
-    def showing(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the model's parameters are these weights, such as ``Ema.averages``, rounded to the parameters' dtype; after, they are
-        what they were, bit for bit. Collective. Do not train inside.
 
-        Args:
-            weights: by parameter name, flat, where this rank's masters are.
-        """
-        owned = [segment for segment in self.gradients.segments if segment.weight.numel()]
-        live = [segment.weight.clone() for segment in owned]
-        try:
-            self._put([segment.weight for segment in owned], [weights[segment.name] for segment in owned])
-            yield
-        finally:
-            self._put([segment.weight for segment in owned], live)
+class Zero1(Sharded):
+    """Plain parameters on every rank; optimizer state, masters and the sums of gradients divided over the ranks that share them (ZeRO-1).
 
-    @torch.no_grad()
-    def _put(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-        self.gradients.gather_weights()
+    Args:
+        model: whose parameters know their ``ShardSpec``; their storage is taken over by the gradient buffers.
+        mesh: the layout.
+        config: section ``optimizer``.
+        kernels: backend of the optimizer's ops.
+    """
 
-    def close(self) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, kernels: str = "auto"):
+        self.gradients = GradientBuffers(model.named_parameters(), mesh)
+        super().__init__(self.gradients.segments, mesh, config, kernels)
+
+    def begin(self) -> None:
         """See ``Engine``."""
+        self.gradients.begin()
+
+    def last_micro_batch(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """See ``Engine``."""
+        self.gradients.last_micro_batch(parameters)
+
+    def finish(self, scale: float) -> Tensor:
+        """See ``Engine``."""
+        self.gradients.finish()
+        return self._unscaled_norm(scale)
+
+    def _gather_weights(self) -> None:
+        self.gradients.gather_weights()
 
 
 def initial_values(model: nn.Module, seed: int) -> Callable[[Saved], None]:

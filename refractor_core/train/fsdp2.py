@@ -7,7 +7,7 @@ section 5; hybrid sharding: Zhao et al. 2023, arXiv 2304.11277.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -19,20 +19,17 @@ from torch.distributed.tensor import DTensor
 from refractor_core.config.training import OptimizerConfig
 from refractor_core.model.decoder import DecoderLayer
 from refractor_core.model.moe import Experts
-from refractor_core.optim.clipping import clip_factor
-from refractor_core.optim.ema import Ema
-from refractor_core.optim.optimizer import Optimizer
 from refractor_core.parallel.collectives import sum_over
 from refractor_core.parallel.mesh import Axis, Mesh
-from refractor_core.parallel.norm import gradient_norm
-from refractor_core.parallel.segments import Saved, Segment
+from refractor_core.parallel.segments import Segment
 from refractor_core.parallel.sharding import main_dtype
+from refractor_core.train.engine import Sharded
 
 _SHARED_BY = {False: ("shard_context", "data_replicate", "data_context"), True: ("expert_shard", "expert_replicate", "expert_data")}
 """Of a dense parameter, of an expert's: the ranks that divide it, the copies of these, and both together."""
 
 
-class Fsdp2:
+class Fsdp2(Sharded):
     """The ``Engine`` whose ranks hold no whole weight but that of the layers at work.
 
     A gradient is a plain sum over the ranks, in float32 at least. Where tensor ranks' gradients are terms of a sum, they are added up too,
@@ -51,13 +48,11 @@ class Fsdp2:
 
     def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, reshard_after_forward: bool = True, kernels: str = "auto"):
         _refuse(mesh)
-        self._mesh, self._root = mesh, model
+        self._root = model
         made = dict(model.named_parameters())
         _fully_shard(model, mesh, reshard_after_forward)
-        self.segments: list[Segment] = [_segment(name, p, made[name], mesh) for name, p in model.named_parameters()]
-        """This rank's rows of each parameter, in model order; some may be empty."""
+        super().__init__([_segment(name, p, made[name], mesh) for name, p in model.named_parameters()], mesh, config, kernels)
         self._partial = [segment.gradient for segment in self.segments if segment.parameter.spec.partial]
-        self.optimizer = Optimizer(self.segments, config, kernels)
 
     def begin(self) -> None:
         """See ``Engine``."""
@@ -74,31 +69,7 @@ class Fsdp2:
         if self._partial and tensor.size > 1:
             summed = sum_over(torch.cat(self._partial), tensor).split([len(gradient) for gradient in self._partial])
             torch._foreach_copy_(self._partial, list(summed))
-        if scale != 1.0:
-            torch._foreach_mul_([segment.gradient for segment in self.segments], 1.0 / scale)
-        return gradient_norm(self.segments, self._mesh)
-
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
-        """See ``Engine``."""
-        self.optimizer.step(learning_rate, clip_factor(norm, max_norm), ema)
-
-    def masters(self) -> list[Saved]:
-        """See ``Engine``."""
-        return self.optimizer.saved_masters()
-
-    def state(self) -> list[Saved]:
-        """See ``Engine``."""
-        return self.optimizer.state()
-
-    @torch.no_grad()
-    def load(self, fill: Callable[[Saved], None]) -> None:
-        """See ``Engine``."""
-        for saved in self.state():
-            fill(saved)
-        self.optimizer.resume()
-
-    def close(self) -> None:
-        """See ``Engine``."""
+        return self._unscaled_norm(scale)
 
 
 def _refuse(mesh: Mesh) -> None:

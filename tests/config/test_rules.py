@@ -67,7 +67,23 @@ CASES = [
         for name in ("pipeline", "context", "data_replicate", "expert", "expert_tensor")
     ),
     ("deepspeed_fits", [DEEPSPEED, FP32, "optimizer.kind=adafactor"], "parallel.engine", [DEEPSPEED, FP32], None),
-    ("deepspeed_fits", [DEEPSPEED, "precision.compute=fp16"], "precision.compute", [DEEPSPEED, FP32], None),
+    ("deepspeed_fits", [DEEPSPEED, "precision.compute=fp64"], "precision.compute", [DEEPSPEED, FP32], None),
+    ("deepspeed_fits", [DEEPSPEED, "precision.compute=fp16"], "parallel.deepspeed", [DEEPSPEED, "parallel.deepspeed.stage=3"], None),
+    *(
+        (
+            "deepspeed_fits",
+            [DEEPSPEED, FP32, f"parallel.deepspeed={wrong}"],
+            f"parallel.deepspeed.{key}",
+            [DEEPSPEED, FP32, f"parallel.deepspeed={right}"],
+            None,
+        )
+        for key, wrong, right in (
+            ("offload_folder", "{offload: disk}", "{offload: disk, offload_folder: /scratch}"),
+            ("offload_folder", "{offload: cpu, offload_folder: /scratch}", "{offload: cpu}"),
+            ("offload_weights", "{stage: 2, offload: cpu, offload_weights: true}", "{stage: 3, offload: cpu, offload_weights: true}"),
+            ("offload_weights", "{stage: 3, offload_weights: true}", "{stage: 3, offload: disk, offload_folder: a, offload_weights: true}"),
+        )
+    ),
     ("deepspeed_fits", [DEEPSPEED], "parallel.deepspeed", [DEEPSPEED, "parallel.deepspeed.stage=2"], None),
     ("deepspeed_fits", [DEEPSPEED, "parallel.deepspeed={stage: 2, offload: cpu}"], "parallel.deepspeed", [DEEPSPEED, FP32], None),
     ("batch_division", ["batch.micro_batch_size=3"], "batch.global_batch_size", ["batch.micro_batch_size=4"], None),

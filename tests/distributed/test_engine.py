@@ -161,8 +161,6 @@ def _low(rank):
             assert torch.equal(p.detach().view(-1)[stretch], masters[name].tensor.bfloat16()), name
             moved += int((start[name][0].view(-1)[stretch].float() != masters[name].tensor).sum())
     assert moved > 0  # by steps far below what bfloat16 can tell apart
-    with engine.showing({name: torch.full_like(saved.tensor, 0.5) for name, saved in masters.items()}):
-        assert all((p == 0.5).all() for p in model.parameters())
     return pieces(model)
 
 

@@ -73,9 +73,8 @@ class Training:
                 ((loss + extra) * 4.0).backward()
             norm = self.engine.finish(4.0)
             self.norms.append(norm.item())
-            segments = self.engine.segments if isinstance(self.engine, Fsdp2) else self.engine.gradients.segments
             if step == first:
-                self.gradients = [(s.name, s.gradient.clone(), s.extent) for s in segments]
+                self.gradients = [(s.name, s.gradient.clone(), s.extent) for s in self.engine.segments]
             self.engine.update(1e-2, norm, 1.0)
         return self
 

@@ -44,6 +44,13 @@ def refusal(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], table: str, *
     return tables.misfit(table, **sizes)
 
 
+def for_tma(x: Tensor) -> Tensor:
+    """Contiguous and at an address that 16 divides: itself, or a copy where it is a view that is neither. Inside of ops only, since a
+    compiler of graphs knows no addresses."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def programs(device: torch.device, per_sm: int) -> int:
     """How many programs of a persistent kernel run at once. In the interpreter few, so that each walks over several tiles."""
     return 3 if INTERPRETED else per_sm * torch.cuda.get_device_properties(device).multi_processor_count

@@ -130,7 +130,7 @@ def launch(table: str, a: Tensor, pairs: Pairs, weight: Tensor, n: int, k: int, 
         block = [1, size["BLOCK_K"], size["BLOCK_N"]] if mode["TRANSPOSED"] else [1, size["BLOCK_N"], size["BLOCK_K"]]
         tiles = (triton.cdiv(pair_count, size["BLOCK_M"]) + experts) * triton.cdiv(n, size["BLOCK_N"])
         _grouped[(min(backend.programs(a.device, bucket.grid["per_sm"]), tiles),)](
-            a, pairs.token_P, pairs.weight_P, TensorDescriptor.from_tensor(weight, block), pairs.start_E1, out,
+            a, pairs.token_P, pairs.weight_P, TensorDescriptor.from_tensor(backend.for_tma(weight), block), pairs.start_E1, out,
             out if pre is None else pre, out if extra is None else extra, partial, experts, n, k, **mode, **bucket.launch,
         )  # fmt: skip
     return partial

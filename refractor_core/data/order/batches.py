@@ -21,6 +21,7 @@ from refractor_core.data.order.plan import LAYOUT, Pieces
 from refractor_core.data.order.stages import Layout, Stage
 from refractor_core.data.store import REBUILD
 
+_NOTHING = tuple(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.int64, bool, np.int64))
 FOUND_TOGETHER = 512
 """Rows whose packs are found at once, in batches of steps that follow one another: finding one takes hardly less time."""
 
@@ -59,8 +60,9 @@ class BatchPlan:
             raise ValueError(f"step {step}: curriculum.stages cover the steps from 0 to {self.stages[-1].until_step - 1}")
         return bisect.bisect_right([stage.until_step for stage in self.stages], step)
 
-    def pieces(self, step: int) -> tuple[np.ndarray, Pieces]:
-        """What the rows of the global batch of ``step`` are made of: the source of each, int64 [B], and their pieces.
+    def pieces(self, step: int) -> tuple[np.ndarray, np.ndarray, Pieces]:
+        """What the rows of the global batch of ``step`` are made of: the source of each; for a row of retrieval tasks its number among
+        those of the stage, else -1; both int64 [B]; and the pieces of the others.
 
         Raises:
             ValueError: the curriculum does not reach ``step``.
@@ -69,25 +71,29 @@ class BatchPlan:
         stage = self.stages[number]
         together = max(1, FOUND_TOGETHER // stage.rows)
         group, nth = divmod(step - stage.first_step, together)
-        source_B, pieces = self._group(number, group * together, together)
+        source_B, task_B, pieces = self._group(number, group * together, together)
         own = slice(nth * stage.rows, (nth + 1) * stage.rows)
         low, high = np.searchsorted(pieces.row, [own.start, own.stop])
         fields = (getattr(pieces, name)[low:high] for name in ("start", "length", "ends", "document"))
-        return source_B[own], Pieces(pieces.row[low:high] - own.start, *fields)
+        return source_B[own], task_B[own], Pieces(pieces.row[low:high] - own.start, *fields)
 
-    def _find(self, number: int, first: int, steps: int) -> tuple[np.ndarray, Pieces]:
+    def _find(self, number: int, first: int, steps: int) -> tuple[np.ndarray, np.ndarray, Pieces]:
         """``pieces`` of a stage's steps from its ``first`` on, at most ``steps`` of them."""
         stage = self.stages[number]
         last = min(first + steps, stage.until_step - stage.first_step)
         source_B, rank_B = stage.mixture.locate(np.arange(first * stage.rows, last * stage.rows))
         found = []
-        for source in np.flatnonzero(np.bincount(source_B)).tolist():
+        task_B = np.where(source_B < len(stage.readings), -1, rank_B)
+        for source in np.flatnonzero(np.bincount(source_B, minlength=len(stage.readings))[: len(stage.readings)]).tolist():
             rows = np.flatnonzero(source_B == source)
             own = stage.readings[source].read(rank_B[rows])
             found.append((rows[own.row], own.start, own.length, own.ends, own.document))
-        row, *rest = (np.concatenate(part) for part in zip(*found))
+        source_B = source_B.copy()
+        for row in np.flatnonzero(task_B >= 0).tolist():
+            source_B[row] = stage.retrieval.source(int(task_B[row]), stage.mixture.samples[:-1])
+        row, *rest = (np.concatenate(part) for part in zip(*found, _NOTHING))
         order = np.argsort(row, kind="stable")
-        return source_B, Pieces(row[order], *(part[order] for part in rest))
+        return source_B, task_B, Pieces(row[order], *(part[order] for part in rest))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """One rank's rows of the global batch of ``step`` (from 0): the ``rank``-th of ``world`` contiguous slices, as even as possible.
@@ -100,8 +106,9 @@ class BatchPlan:
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
         stage = self._stage(step)
-        source_B, pieces = self.pieces(step)
+        source_B, task_B, pieces = self.pieces(step)
         loss_tokens = int(pieces.length.sum() - pieces.ends.sum())
+        loss_tokens += sum(stage.retrieval.targets(task) for task in task_B[task_B >= 0].tolist())
         begin, end = stage.rows * rank // world, stage.rows * (rank + 1) // world
         own = slice(*np.searchsorted(pieces.row, [begin, end]).tolist())
         row, start, length, ends = pieces.row[own] - begin, pieces.start[own], pieces.length[own], pieces.ends[own]
@@ -120,12 +127,17 @@ class BatchPlan:
         targets[place + length - 1] = np.where(ends, IGNORE, following.astype(np.int64))
         for at, count in zip((padded * stage.length).tolist(), used_b[padded].tolist()):
             targets[at + count : at + stage.length] = IGNORE
-        bounds = np.concatenate([place, padded * stage.length + used_b[padded], [(end - begin) * stage.length]])
+        bounds = [place, (padded * stage.length + used_b[padded])[used_b[padded] > 0], [(end - begin) * stage.length]]
+        for row in np.flatnonzero(task_B[begin:end] >= 0).tolist():
+            made = stage.retrieval.build(int(task_B[begin + row]), int(source_B[begin + row]))
+            tokens.numpy()[row], labels.numpy()[row], begins = made
+            bounds.append(row * stage.length + np.array(begins))
         return Batch(
             tokens_BS=tokens,
             labels_BS=labels,
-            cu_seqlens=torch.from_numpy(np.sort(bounds).astype(np.int32)),
+            cu_seqlens=torch.from_numpy(np.sort(np.concatenate(bounds)).astype(np.int32)),
             sources_B=torch.from_numpy(source_B[begin:end].copy()),
+            tasks_B=torch.from_numpy(task_B[begin:end] >= 0) if stage.retrieval else None,
             loss_tokens=loss_tokens,
             sequences=stage.rows,
         )
@@ -168,11 +180,12 @@ class BatchPlan:
 
     def describe(self) -> list[dict[str, Any]]:
         """What each stage will contain, as ``stage first_step until_step sequence_length global_batch_size sequences tokens documents
-        padding sources``.
+        padding sources retrieval``.
 
         ``tokens`` are those of documents; ``padding`` is the share of all places that they leave empty. ``sources`` maps a source's name
         to its ``sequences``, ``tokens``, ``documents``, its ``target`` share of the stage's sequences and the ``share`` it has, and
-        ``epochs``: tokens of this stage over tokens of the source.
+        ``epochs``: tokens of this stage over tokens of the source. ``retrieval`` is None, or has ``rows`` of tasks, their ``kinds``
+        and their ``depths`` by length.
         """
         return [self._describe(number, stage) for number, stage in enumerate(self.stages)]
 
@@ -183,6 +196,7 @@ class BatchPlan:
             sources[name] = {"sequences": reading.count, "tokens": tokens, "documents": documents, "target": samples / PERIOD}
             sources[name] |= {"share": reading.count / stage.sequences, "epochs": tokens / max(1, len(store.tokens))}
         tokens = sum(own["tokens"] for own in sources.values())
+        packs = sum(reading.count for reading in stage.readings)
         return {
             "stage": number,
             "first_step": stage.first_step,
@@ -192,8 +206,9 @@ class BatchPlan:
             "sequences": stage.sequences,
             "tokens": tokens,
             "documents": sum(own["documents"] for own in sources.values()),
-            "padding": 1 - tokens / (stage.sequences * stage.length),
+            "padding": 1 - tokens / (packs * stage.length),
             "sources": sources,
+            "retrieval": stage.retrieval.describe(stage.sequences - packs) if stage.retrieval else None,
         }
 
 

@@ -20,7 +20,7 @@ from refractor_core.data.store import TokenStore
 
 LAYOUT = 1
 """Version of the files and of the packing. Raise it with every change of what they hold."""
-BLOCK_PACKS = 1024
+BLOCK_PACKS = 2048
 MOST_BLOCKS = 4096
 """A block has ``BLOCK_PACKS`` packs, or a ``MOST_BLOCKS``-th of the source, whichever is more."""
 FILES = ("windows", "pieces", "ends")

@@ -15,6 +15,7 @@ from refractor_core.data.dataset import Dataset
 from refractor_core.data.mixture import PERIOD, Mixture, quantised, temperature_weights, water_filling
 from refractor_core.data.order.cache import PackCache
 from refractor_core.data.order.plan import PackPlan, Pieces
+from refractor_core.data.order.retrieval import RetrievalTasks
 from refractor_core.data.order.selection import Selection, band_tokens, no_pieces
 from refractor_core.data.permutation import mix
 
@@ -92,6 +93,7 @@ class Stage:
         rows: sequences per step.
         mixture: which source each sequence comes from.
         readings: what it reads, by source.
+        retrieval: its retrieval tasks, which the mixture counts as a source behind the last; None if it has none.
         told: what the batches depend on beside their places, for the fingerprint.
     """
 
@@ -101,6 +103,7 @@ class Stage:
     rows: int
     mixture: Mixture
     readings: tuple[Reading, ...]
+    retrieval: RetrievalTasks | None
     told: list
 
     @property
@@ -153,21 +156,37 @@ class Layout:
         assert stage.until_step > first, "the configuration's rules let stages only follow one another"
         rows, wanted = self._config.rows[number], self._wanted(stage)
         sequences = (stage.until_step - first) * rows
-        mixture = Mixture(self._shares(number, stage, sequences * stage.sequence_length, wanted))
+        samples = self._samples(number, stage, sequences * stage.sequence_length, wanted)
+        mixture = Mixture(samples)
         counts = mixture.counts(sequences).tolist()
         readings = tuple(self._reading(number, stage, source, counts[source], wanted) for source in range(len(self._names)))
         for source, reading in enumerate(readings):
             self._advance(stage, source, reading, wanted)
         lengths = [stage.min_document_tokens, stage.max_document_tokens, stage.replay]
-        return Stage(first, stage.until_step, stage.sequence_length, rows, mixture, readings, [mixture.samples.tolist(), *lengths])
+        retrieval = self._retrieval(number, stage, first) if len(samples) > len(readings) else None
+        return Stage(first, stage.until_step, stage.sequence_length, rows, mixture, readings, retrieval, [samples.tolist(), *lengths])
+
+    def _retrieval(self, number: int, stage: StageConfig, first: int) -> RetrievalTasks:
+        key = hashlib.sha256(f"{self._config.run.seed}\0retrieval\0{first}".encode()).digest()[:8]
+        try:
+            return RetrievalTasks(self._dataset, stage.sequence_length, int.from_bytes(key, "little"))
+        except ValueError as error:
+            raise ValueError(f"curriculum.stages.{number}.retrieval_share = {stage.retrieval_share}: {error}") from None
 
     def _wanted(self, stage: StageConfig) -> np.ndarray:
         """bool [bands]: those of the lengths that the stage takes."""
         low, high = np.append(0, self._edges), np.append(self._edges.astype(float), math.inf)
         return (low >= stage.min_document_tokens - 1) & (high <= (stage.max_document_tokens or math.inf))
 
-    def _shares(self, number: int, stage: StageConfig, tokens: int, wanted: np.ndarray) -> np.ndarray:
-        """int64 [sources] samples per period."""
+    def _samples(self, number: int, stage: StageConfig, tokens: int, wanted: np.ndarray) -> np.ndarray:
+        """int64 samples per period of each source, and of retrieval tasks where the stage has any."""
+        if not stage.retrieval_share:
+            return self._shares(number, stage, tokens, wanted, PERIOD)
+        tasks = max(1, round(PERIOD * stage.retrieval_share))
+        return np.append(self._shares(number, stage, tokens * (PERIOD - tasks) // PERIOD, wanted, PERIOD - tasks), tasks)
+
+    def _shares(self, number: int, stage: StageConfig, tokens: int, wanted: np.ndarray, period: int) -> np.ndarray:
+        """int64 [sources] samples in a period of documents, of which the stage reads that many tokens."""
         mixture, there = self._config.data.mixture, [int(bands[wanted].sum()) for bands in self._bands]
         explicit = stage.shares if stage.shares is not None else mixture.shares if stage.temperature is None else None
         weights = temperature_weights(there, stage.temperature or mixture.temperature)
@@ -195,7 +214,7 @@ class Layout:
         elif short := [i for i, share in enumerate(shares) if share * tokens > left[i] * (1 + 1e-9)]:
             told = ", ".join(f"{self._names[i]} {shares[i] * tokens:.0f} of which {left[i]:.0f} are left" for i in short)
             raise self._too_much(number, tokens, f"by its shares it needs of {told}")
-        return quantised(shares, [limit / tokens for limit in left], PERIOD)
+        return quantised(shares, [limit / tokens for limit in left], period)
 
     def _too_much(self, number: int, tokens: int, why: str) -> ValueError:
         mend = "raise data.mixture.max_epochs or source_max_epochs, shorten the stage, or add documents"

@@ -28,13 +28,13 @@ class Before:
 
 
 @contextmanager
-def along_the_grid(programs: int):
-    """Every program's number on the first axis is larger by so many."""
+def along_the_grid(programs: int, second: int = 0):
+    """Every program's number on the first axis is larger by so many, and on the second by ``second``."""
     number = interpreter.InterpreterBuilder.create_get_program_id
 
     def moved(self, axis):
         found = number(self, axis)
-        return interpreter.TensorHandle(found.data + np.int32(programs), found.dtype) if axis == 0 else found
+        return interpreter.TensorHandle(found.data + np.int32(programs if axis == 0 else second), found.dtype)
 
     executor = interpreter.GridExecutor
     with (

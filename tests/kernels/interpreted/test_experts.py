@@ -96,21 +96,9 @@ def test_weight_gradients_are_added_to_float32():
     assert not torch.equal(main, given_)
 
 
-def test_ops_keep_the_rules_of_torch_library():
-    x, gate_up, down, indices, weights = problem(9, 3, 2, 8, 16, 0, dtype=torch.float32)
-    indices, weights = indices.clamp(min=0), weights.clamp(min=0.1)  # rows of dropped pairs are never written, and would be compared
-    torch.library.opcheck(experts._forward, (x, gate_up, down, indices, weights))
-    _, pre, *found = experts._forward(x, gate_up, down, indices, weights)
-    torch.library.opcheck(experts._backward, (x, gate_up, down, pre, *found))
-    _, _, grad_pre, act = experts._backward(x, gate_up, down, pre, *found)
-    torch.library.opcheck(experts._weight_gradients, (x, x, grad_pre, act, *found))
-
-
-def test_compiled_and_deferred_give_the_same_bits():
+def test_deferred_gives_the_same_bits():
     inputs = problem(17, 3, 2, 8, 16, 0, dtype=torch.float32)
     plain = oracles.values_and_gradients(run, inputs)
-    compiled = torch.compile(experts._run, backend="aot_eager", fullgraph=True)  # in front of it the CPU looks at the indices
-    assert all(torch.equal(a, b) for a, b in zip(plain, oracles.values_and_gradients(compiled, inputs)))
     later = []
     x, gate_up, down, indices, weights = (t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs)
     y = experts._run(x, gate_up, down, indices, weights, lambda make: (later.append(make), (None, None))[1])

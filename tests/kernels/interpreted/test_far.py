@@ -3,7 +3,7 @@
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from refractor_kernels.gpu import combine, grouped, norm, outer, rotary, swiglu
+from refractor_kernels.gpu import attention, attention_backward, combine, grouped, head, norm, outer, rotary, swiglu
 from tests.kernels import oracles
 from tests.kernels.interpreted.far import Before, along_the_grid
 
@@ -103,3 +103,59 @@ def test_combine():
             WEIGHTED=True, CHOICES=1, BLOCK=64,
         )  # fmt: skip
     torch.testing.assert_close(out, 2 * rows)
+
+
+def test_attention():
+    """A query and a key far along their sequences, in the second of two batches that lie as far apart."""
+    tiles, keys = FAR // 16, FAR // 16 * 16
+    q, k, v, grad = (torch.randn(1, 64) for _ in range(4))
+    first, last = torch.tensor([keys]), torch.tensor([keys + 1])
+    out, lse, delta, grad_q, grad_k, grad_v = (torch.empty(1, width) for width in (64, 1, 1, 64, 64, 64))
+    far = lambda t: Before(t, 2 * keys * 64 + 64)  # noqa: E731 — row `keys` of batch 1
+    number = lambda t: Before(t, 2 * keys + 1)  # noqa: E731
+    strides = ((keys + 1) * 64, 64, 64) * 3
+    shared = (keys + 1, keys + 1, 1, 1, 1.0, *strides)
+    sizes = {"REAL_D": 64, "REAL_E": 64, "D": 64, "E": 64, "BLOCK_M": 16, "BLOCK_N": 16}
+    with along_the_grid(0, second=1):
+        attention._forward[(1, 1)](far(q), far(k), far(v), number(first), number(last), far(out), number(lse), *shared, **sizes)
+        attention_backward._backward_queries[(1, 1)](
+            far(q), far(k), far(v), number(first), number(last), far(out), number(lse), far(grad), number(lse), number(delta), far(grad_q),
+            *shared, LSE=False, **sizes,
+        )  # fmt: skip
+    torch.testing.assert_close(out, v)
+    torch.testing.assert_close(lse, (q * k).sum(1, keepdim=True))
+    begin, end = torch.tensor([tiles], dtype=torch.int32), torch.tensor([tiles + 1], dtype=torch.int32)
+    with along_the_grid(tiles, second=1):
+        attention_backward._backward_keys[(1, 1)](
+            far(q), far(k), far(v), number(first), number(last), number(lse), far(grad), number(delta), Before(begin, tiles + 1),
+            Before(end, tiles + 1), far(grad_k), far(grad_v), *shared, **sizes,
+        )  # fmt: skip
+    torch.testing.assert_close(grad_v, grad)
+    torch.testing.assert_close(grad_q, torch.zeros_like(q), atol=1e-4, rtol=0)
+    torch.testing.assert_close(grad_k, torch.zeros_like(q), atol=1e-4, rtol=0)
+
+
+def test_output_head():
+    """A token far along the tokens; a word far along the vocabulary."""
+    tiles, tokens = FAR // 16, FAR // 16 * 16 + 1
+    sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
+    far = lambda t: Before(t, (tokens - 1) * t.shape[-1])  # noqa: E731
+    x, w, label = torch.randn(1, 64), torch.randn(9, 64), torch.tensor([[3]])
+    top, total, target, grads = torch.empty(1, 1), torch.empty(1, 1), torch.empty(1, 1), torch.empty(1, 16)
+    x_desc, w_desc = TensorDescriptor(far(x), [tokens, 64], [64, 1], [16, 16]), TensorDescriptor.from_tensor(w, [16, 16])
+    with along_the_grid(tiles):
+        head._sums[(1,)](x_desc, w_desc, far(label), far(top), far(total), far(target), tokens, 9, 64, **sizes, TILES=1)
+        one = torch.ones(1, 1)
+        g_desc = TensorDescriptor(far(grads), [tokens, 16], [16, 1], [16, 16])
+        head._gradients[(1,)](x_desc, w_desc, far(label), far(top), far(one), far(-one), g_desc, tokens, 0, 9, 64, **sizes)
+    logits = x @ w.T
+    torch.testing.assert_close(top + total.log(), logits.logsumexp(1, keepdim=True))
+    torch.testing.assert_close(target, logits[:, 3:4])
+    expected = (logits - top).exp()
+    expected[0, 3] -= 1
+    torch.testing.assert_close(grads[:, :9], expected)
+    words, made = torch.randn(9, 64), torch.zeros(1, 64)
+    with along_the_grid(tiles):
+        w_desc = TensorDescriptor.from_tensor(words, [16, 64])
+        head._multiply[(1,)](g_desc, w_desc, far(made), tokens, 64, 9, TRANSPOSED=False, ADD=True, **sizes | {"BLOCK_N": 64})
+    torch.testing.assert_close(made, grads[:, :9] @ words)

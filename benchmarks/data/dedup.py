@@ -1,0 +1,208 @@
+"""Deduplication: text → 128-permutation signatures, and all of it (exact, near, verified), beside datasketch, rensa, datatrove.
+
+Near-duplicates of known similarity are planted: words of a document replaced at random, the hard case for MinHash. Their true Jaccard index
+is taken from sets of tuples of words, as is that of the removed documents that are looked at.
+"""
+
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from refractor_core.config.data import DeduplicationConfig
+from refractor_core.data.dedup.clusters import Duplicates
+from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
+from refractor_core.data.dedup.sketches import CHUNK_BYTES, Sketches, sketch
+from refractor_core.data.signatures import packed, signatures
+
+PERMUTATIONS, NGRAM, THRESHOLD = 128, 5, 0.8
+BARS = {"signatures: refractor": (100, 300), "whole: refractor": (60, 250)}
+"""Floor and aim, MB/s on one core."""
+TARGETS, PLANTED = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5), 250
+CHECKED = 300
+"""Removed documents whose similarity is computed again."""
+SAMPLE = 6_000_000
+"""Bytes of text that the slow peers get: a random choice of whole documents."""
+MEMORY = 256 << 20
+_WORD = re.compile(r"\w+")
+
+
+def measure(documents: list[bytes], repeats: int) -> dict:
+    """The figures: everybody in turns, ours on everything, the others on a sample.
+
+    Args:
+        documents: UTF-8; the planted ones come on top.
+    """
+    planted = plant(documents)
+    documents = [*documents, *(text for _, text in planted)]
+    size, sample = sum(map(len, documents)), sample_of(documents)
+    ours(sample), whole(sample)  # compiles
+    runs: dict[str, Callable[[list[bytes]], object]] = {"signatures: refractor": ours, "whole: refractor": whole}
+    seconds: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name, run in (runs | peers()).items():
+            texts = documents if name in runs else sample
+            begin = time.process_time()
+            run(texts)
+            seconds.setdefault(name, []).append((time.process_time() - begin) / sum(map(len, texts)) * 1e6)
+    rates = {
+        name: {"mb_per_s": round(1 / median(own), 2), "lowest": round(1 / max(own), 2), "highest": round(1 / min(own), 2)}
+        | ({"floor": BARS[name][0], "aim": BARS[name][1]} if name in BARS else {})
+        for name, own in seconds.items()
+    }
+    told = {"bytes": size, "documents": len(documents), "sample_bytes": sum(map(len, sample)), "permutations": PERMUTATIONS}
+    return told | {"rates": rates} | quality(documents, whole(documents), planted)
+
+
+def sample_of(documents: list[bytes]) -> list[bytes]:
+    chosen, size = [], 0
+    for place in random.Random(1).sample(range(len(documents)), len(documents)):
+        chosen.append(documents[place])
+        size += len(documents[place])
+        if size >= SAMPLE:
+            break
+    return chosen
+
+
+def plant(documents: list[bytes]) -> list[tuple[int, bytes]]:
+    """(number of a document, the same with words replaced): with a share p of them the similarity is about q/(2 − q), q = (1 − p)^5."""
+    generator = random.Random(0)
+    long = [number for number, text in enumerate(documents) if 2_000 < len(text) < 60_000]
+    chosen = generator.sample(long, min(len(long), PLANTED * len(TARGETS)))
+    planted = []
+    for place, number in enumerate(chosen):
+        target = TARGETS[place % len(TARGETS)]
+        share = 1 - (2 * target / (1 + target)) ** (1 / NGRAM)
+        text = documents[number].decode(errors="replace")
+        changed = _WORD.sub(lambda word: f"p{generator.getrandbits(40):x}" if generator.random() < share else word[0], text)  # noqa: B023
+        planted.append((number, changed.encode()))
+    return planted
+
+
+def ours(texts: list[bytes]) -> None:
+    """Signatures, a few megabytes of text at a time as in a build."""
+    begin = size = 0
+    for end, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= CHUNK_BYTES or end == len(texts):
+            signatures(*packed(texts[begin:end]), PERMUTATIONS)
+            begin, size = end, 0
+
+
+def whole(texts: list[bytes]) -> Duplicates:
+    """Everything: exact hashes, signatures, band sort on disk, verification, clusters; exact and near together."""
+    config = DeduplicationConfig(threshold=THRESHOLD)
+    sketches, rank = Sketches([sketch(texts, config.bands * config.rows)]), np.arange(len(texts))
+    with tempfile.TemporaryDirectory() as folder:
+        exact = exact_duplicates(sketches, rank, Path(folder), MEMORY)
+        present = np.ones(len(texts), bool)
+        present[exact.removed] = False
+        near = near_duplicates(sketches, present, texts.__getitem__, rank, config, Path(folder), MEMORY)
+    both = zip(exact.__dict__.values(), near.__dict__.values())
+    return Duplicates(*(np.concatenate(pair) for pair in both))
+
+
+def grams(text: bytes) -> set[tuple[str, ...]]:
+    """Word 5-grams by Python alone."""
+    found = _WORD.findall(text.decode(errors="replace").lower())
+    return set(zip(*(found[place:] for place in range(NGRAM)))) or {tuple(found)}
+
+
+def exact_jaccard(left: bytes, right: bytes) -> float:
+    one, other = grams(left), grams(right)
+    return len(one & other) / len(one | other)
+
+
+def quality(documents: list[bytes], found: Duplicates, planted: list[tuple[int, bytes]]) -> dict:
+    """Recall of planted pairs by their true similarity, and of some removed documents whether a document of their cluster is as near."""
+    parent = dict(zip(found.removed.tolist(), found.kept.tolist()))
+
+    def top(number: int) -> int:
+        while number in parent:  # an exact copy of a document that went as a near one
+            number = parent[number]
+        return number
+
+    bands: dict[str, list[bool]] = {}
+    for place, (original, text) in enumerate(planted, len(documents) - len(planted)):
+        similarity = exact_jaccard(documents[original], text)
+        band = f">={THRESHOLD}" if similarity >= THRESHOLD else f">={int(similarity * 10) / 10}"
+        bands.setdefault(band, []).append(top(original) == top(place))
+    recall = {band: {"pairs": len(own), "found": sum(own)} for band, own in sorted(bands.items())[::-1]}
+    clusters: dict[int, list[int]] = {}
+    for number in range(len(documents)):
+        clusters.setdefault(top(number), []).append(number)
+    chosen = random.Random(2).sample(found.removed.tolist(), min(CHECKED, len(found)))
+    right = sum(
+        any(exact_jaccard(documents[number], documents[other]) >= THRESHOLD for other in clusters[top(number)] if other != number)
+        for number in chosen
+    )
+    return {"removed": len(found), "recall_of_planted": recall, "precision": {"checked": len(chosen), "right": right}}
+
+
+def shingled(text: bytes) -> list[str]:
+    found = _WORD.findall(text.decode(errors="replace").lower())
+    return [" ".join(found[place : place + NGRAM]) for place in range(max(1, len(found) - NGRAM + 1))]
+
+
+def datasketch_sketches(texts: list[bytes]) -> list[MinHash]:
+    made = []
+    for text in texts:
+        made.append(MinHash(PERMUTATIONS))
+        made[-1].update_batch([shingle.encode() for shingle in shingled(text)])
+    return made
+
+
+def datasketch_whole(texts: list[bytes]) -> None:
+    """Its idiom: query, then insert; nothing is verified."""
+    index = MinHashLSH(THRESHOLD, PERMUTATIONS)
+    for number, minhash in enumerate(datasketch_sketches(texts)):
+        if not index.query(minhash):
+            index.insert(number, minhash)
+
+
+def peers() -> dict[str, Callable[[list[bytes]], object]]:
+    """Those that can be imported."""
+    found: dict[str, Callable[[list[bytes]], object]] = {
+        "signatures: datasketch update_batch": datasketch_sketches,
+        "whole: datasketch, unverified": datasketch_whole,
+    }
+    try:
+        import rensa
+    except ImportError:
+        print("rensa: not installed, left out")
+    else:
+
+        def rensa_sketches(texts: list[bytes]) -> list:
+            made = []
+            for text in texts:
+                made.append(rensa.RMinHash(num_perm=PERMUTATIONS, seed=42))
+                made[-1].update(shingled(text))
+            return made
+
+        def rensa_whole(texts: list[bytes]) -> None:
+            index = rensa.RMinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, num_bands=16)
+            for number, minhash in enumerate(rensa_sketches(texts)):
+                if not index.query(minhash):
+                    index.insert(number, minhash)
+
+        found |= {"signatures: rensa RMinHash": rensa_sketches, "whole: rensa, unverified": rensa_whole}
+    try:
+        from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+        from datatrove.utils.hashing import HashConfig
+
+        hashes = HashConfig(precision=64, hash_fc="sha1")  # its default passes strings to xxhash, whose version 4 refuses them
+        step = MinhashDedupSignature(tempfile.mkdtemp(), MinhashConfig(NGRAM, 16, 8, hash_config=hashes))
+        step.get_signature(step.get_shingles("one two three four five six seven"))
+    except Exception as error:  # its optional parts fail in their own ways
+        print(f"datatrove: cannot be used, left out ({error})")
+    else:
+        found["signatures: datatrove 16 x 8"] = lambda texts: [
+            step.get_signature(step.get_shingles(text.decode(errors="replace"))) for text in texts
+        ]
+    return found

@@ -1,0 +1,127 @@
+"""The GPU suite, without a GPU: its rooms run in rehearsal, a wrong, failing or absent contender is told, goals are judged as they are
+stated."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from refractor_kernels.gpu.backend import HOW_TO_GET
+from tests.components import missing
+from tests.house.tree import ROOT
+
+
+@pytest.fixture
+def rooms(monkeypatch):
+    """The suite's modules, which are no part of a package."""
+    if find_spec("triton") is None:
+        missing(HOW_TO_GET)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu import contest, report, timing
+
+    return SimpleNamespace(contest=contest, report=report, timing=timing)
+
+
+def rehearse(folder, *only: str) -> tuple[subprocess.CompletedProcess, dict]:
+    if find_spec("triton") is None:
+        missing(HOW_TO_GET)
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--rehearse", "--into", str(folder), "--only", *only]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done, json.loads((folder / "gpu_suite_rehearsal.json").read_text())
+
+
+def test_a_room_is_rehearsed(tmp_path):
+    done, written = rehearse(tmp_path, "head")
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = {row["contender"]: row["status"] for row in written["rows"]}
+    assert status["ours"] == status["torch"] == "ok" and written["rehearsal"]
+    if find_spec("liger_kernel") is None:
+        assert status["liger"].startswith("absent: No module named") and "| liger: absent" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_suite_is_rehearsed(tmp_path):
+    done, written = rehearse(tmp_path, "checks", "experts", "attention", "head", "rows", "step")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["work"] for row in written["rows"]} >= {
+        "checks",
+        "experts",
+        "attention",
+        "linear + cross-entropy",
+        "RMSNorm",
+        "training step",
+    }
+    assert all(row["status"] == "ok" for row in written["rows"] if row["contender"] in ("ours", "auto", "stock PyTorch", "grouped_mm"))
+
+
+def test_what_is_wrong_failing_absent_or_slow_is_told_and_ends_nothing(rooms):
+    def fails(x):
+        raise RuntimeError("no luck\nat all")
+
+    def absent(case):
+        raise ImportError("No module named 'peer'")
+
+    contenders = [
+        rooms.contest.Contender("right", lambda case: lambda x: x.square()),
+        rooms.contest.Contender("wrong", lambda case: lambda x: x.square() * 1.1),
+        rooms.contest.Contender("wrong gradient", lambda case: lambda x: x.detach().square() + 0 * x),
+        rooms.contest.Contender("not a number", lambda case: lambda x: x.square() * float("nan")),
+        rooms.contest.Contender("failing", lambda case: fails),
+        rooms.contest.Contender("absent", absent),
+        rooms.contest.Contender("prepared", lambda case: lambda x: x.square(), prepare=lambda tensors: [t * 1.0 for t in tensors]),
+    ]
+    case = rooms.contest.Case("squares", "5", lambda device: [torch.randn(5).bfloat16()], (0,), flops=(5.0, 15.0))
+    clock = rooms.timing.Clock(torch.device("cpu"), time.monotonic() + 600)
+    found = {row["contender"]: row for row in rooms.contest.contest([case], contenders, contenders[0], clock)}
+    assert found["right"]["status"] == found["prepared"]["status"] == "ok" and found["right"]["both_tflops"] > 0
+    assert all(found[name]["status"].startswith("wrong: error ") for name in ("wrong", "wrong gradient", "not a number"))
+    assert found["failing"]["status"] == "failed: RuntimeError: no luck"
+    assert found["absent"]["status"] == "absent: No module named 'peer'"
+    slow = rooms.contest.Contender("slow", lambda case: lambda x: time.sleep(60))
+    (row,) = rooms.contest.contest([case], [slow], contenders[0], clock, each=0.05)
+    assert row["status"].startswith("left out: took more than")
+    clock.deadline = 0.0
+    assert rooms.contest.contest([case], contenders[:1], contenders[0], clock)[0]["status"] == "left out: no time left"
+
+
+def test_goals_are_judged_as_stated(rooms, tmp_path):
+    def row(work, case, contender, **figures):
+        return {"work": work, "case": case, "contender": contender, "status": "ok", **figures}
+
+    rows = [
+        row("experts", "qwen", "ours", forward_ms=1.0, both_ms=3.0, saved_mib=10.0, both_tflops=1.0),
+        row("experts", "qwen", "ScatterMoE", forward_ms=1.5, both_ms=4.4, saved_mib=9.0, both_tflops=0.7),
+        row("linear + cross-entropy", "a", "ours", both_ms=2.0, peak_mib=110.0),
+        row("linear + cross-entropy", "a", "torch.compile", both_ms=1.9, peak_mib=900.0),
+        row("linear + cross-entropy", "a", "cut-cross-entropy filtered", both_ms=1.0, peak_mib=90.0),
+        row("attention", "2048", "auto", forward_ms=1.02, both_ms=1.1),
+        row("attention", "2048", "SDPA cuDNN", forward_ms=1.0, both_ms=1.0),
+        row("copy", "1 GiB", "copy", forward_tbytes=3.0),
+        row("SwiGLU", "b", "ours", forward_tbytes=2.7, backward_tbytes=2.4),
+        row("training step", "whole", "ours", mfu=0.41),
+        row("training step", "whole", "stock PyTorch", mfu=0.2) | {"status": "failed: x"},
+    ]
+    reached = {goal["goal"]: goal["reached"] for goal in rooms.report.goals(rows)}
+    assert reached["experts qwen, forward: ≥ 1.5 × ScatterMoE"] is True
+    assert reached["experts qwen, forward and backward: ≥ 1.5 × ScatterMoE"] is False
+    assert reached["experts qwen, forward: ≥ 1.3 × liger"] is None
+    assert reached["experts qwen: memory for the backward ≤ every peer's"] is False
+    assert reached["head a: fastest exact"] is False
+    assert reached["head a: memory ≤ 1.1 × the smallest (exact)"] is True
+    assert reached["head a: memory ≤ 1.1 × the smallest (any)"] is False
+    assert reached["attention 2048, forward: auto within 3 % of the best"] is True
+    assert reached["attention 2048, both: auto within 3 % of the best"] is False
+    assert reached["SwiGLU b, forward: ≥ 85 % of the copy"] is True and reached["SwiGLU b, backward: ≥ 85 % of the copy"] is False
+    assert reached["training step: MFU ≥ 40 % with real routing"] is True
+    rows[0]["status"] = "wrong: error 3"
+    assert {goal["goal"]: goal["reached"] for goal in rooms.report.goals(rows)}["experts qwen, forward: ≥ 1.5 × ScatterMoE"] is None
+    assert "failed: x" in rooms.report.told(rows, [])
+    if find_spec("matplotlib") is not None:
+        assert any(path.name == "run_experts.svg" for path in rooms.report.draw(rows, tmp_path, "run"))
