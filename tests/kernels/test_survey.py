@@ -9,7 +9,8 @@ from refractor_kernels.survey import survey
 
 def test_it_asks_every_op_that_a_step_calls():
     told = {line.split(":")[0]: line for line in survey("cpu")}
-    assert told.keys() == Op.registry.keys() - {"attention_with_lse", "span_attention_backward"}  # go with the others of their name
+    elsewhere = {"attention_with_lse", "span_attention_backward", "round_rows"}  # two go with others of their name, one is opt-in
+    assert told.keys() == Op.registry.keys() - elsewhere
     assert all(f"{op}: torch (" in line for op, line in told.items())
 
 
