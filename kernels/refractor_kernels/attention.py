@@ -6,19 +6,23 @@ Legend: B batch, S sequence, H query heads, G key-value heads, D width of querie
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refractor_kernels import check, fakes
 from refractor_kernels.dispatch import Op
 from refractor_kernels.span_attention import causal_spans, span_attention
 
 _MASK_ELEMENTS = 1 << 25
+_WITH_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _sdpa(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def fused(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """PyTorch's fused attention, causal or with a mask. cuDNN never gets a mask: on torch 2.11 its gradients are NaN with one."""
     width, value_width = q_BSHD.shape[-1], v_BSGE.shape[-1]
     pad = max(width, value_width)
     if width < pad:  # the fused kernels want one width; zeros change neither scores nor values
@@ -27,7 +31,8 @@ def _sdpa(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, scale: float, mask: Te
         v_BSGE = F.pad(v_BSGE, (0, pad - value_width))
     heads_first = (t.transpose(1, 2) for t in (q_BSHD, k_BSGD, v_BSGE))
     grouped = q_BSHD.shape[2] != k_BSGD.shape[2]
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    with nullcontext() if mask is None or q_BSHD.device.type != "cuda" else sdpa_kernel(_WITH_MASK):
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)[..., :value_width]
 
 
@@ -40,16 +45,16 @@ def reference(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, cu_seqlens: Tensor
     inside = cu_seqlens is not None and len(cu_seqlens) > batch + 1
     window = None if window is None or window >= length else window
     if not inside and window is None:
-        return _sdpa(q_BSHD, k_BSGD, v_BSGE, scale, None)
+        return fused(q_BSHD, k_BSGD, v_BSGE, scale, None)
     if batch * length * length <= _MASK_ELEMENTS:
         spans = causal_spans(cu_seqlens if inside else None, batch if inside else 1, length, window, q_BSHD.device)
         first_BS1, last_BS1 = (bound.unsqueeze(-1) for bound in spans)
         place = torch.arange(length, device=q_BSHD.device)
-        return _sdpa(q_BSHD, k_BSGD, v_BSGE, scale, ((place >= first_BS1) & (place < last_BS1)).unsqueeze(1))
+        return fused(q_BSHD, k_BSGD, v_BSGE, scale, ((place >= first_BS1) & (place < last_BS1)).unsqueeze(1))
     if window is None:
         flat = [t.flatten(0, 1).unsqueeze(0) for t in (q_BSHD, k_BSGD, v_BSGE)]
         bounds = cu_seqlens.tolist()
-        pieces = [_sdpa(*(t[:, low:high] for t in flat), scale, None) for low, high in zip(bounds, bounds[1:], strict=False) if low < high]
+        pieces = [fused(*(t[:, low:high] for t in flat), scale, None) for low, high in zip(bounds, bounds[1:], strict=False) if low < high]
         return torch.cat(pieces, dim=1).view(batch, length, heads, v_BSGE.shape[-1])
     return reference_with_lse(q_BSHD, k_BSGD, v_BSGE, cu_seqlens, scale=scale, window=window)[0]
 

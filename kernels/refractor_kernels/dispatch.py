@@ -2,8 +2,8 @@
 
 An operation's family file declares ``Op(name, reference)``; faster implementations register beside it with a function that says
 why they do not support given arguments, or ``None`` where they do. The first supporting one, in order of registration with the
-latest first, is what ``auto`` runs; the reference always supports. On the meta device, where a dry run counts bytes, ``auto`` runs the
-op's fake if it has one.
+latest first, is what ``auto`` runs; the reference always supports. An op that lacks a named backend does what ``auto`` would, so that one
+name can be given for all ops of a model. On the meta device, where a dry run counts bytes, ``auto`` runs the op's fake if it has one.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,12 @@ class Backend:
 
 
 class Op:
-    """An operation and its implementations, best first. The reference is the last and refuses nothing."""
+    """An operation and its implementations, best first. The reference is the last and refuses nothing.
+
+    Attributes:
+        prefer: same arguments as the reference; (names in the order that ``auto`` tries first, where that is from), for an op whose best
+            implementation depends on architecture and shape. None: the order of registration.
+    """
 
     registry: dict[str, "Op"] = {}
 
@@ -38,6 +43,7 @@ class Op:
         """``fake`` has the reference's arguments and holds what the best kernel holds; None: the reference holds no more than that."""
         self.name, self.fake = name, fake
         self.backends = [Backend("torch", reference, lambda *tensors, **options: None)]
+        self.prefer: Callable[..., tuple[list[str], str]] | None = None
         Op.registry[name] = self
 
     def register(self, name: str, run: Callable[..., Any], refusal: Callable[..., str | None]) -> None:
@@ -45,34 +51,47 @@ class Op:
         assert name in NAMES, name
         self.backends.insert(0, Backend(name, run, refusal))
 
+    def _named(self, name: str) -> Backend | None:
+        """The implementation of that name; None for ``auto`` and for names that this op lacks.
+
+        Raises:
+            ValueError: no backend anywhere has the name.
+        """
+        if name not in ("auto", *NAMES):
+            raise ValueError(f"{self.name}: backend={name!r} is not one of {', '.join(('auto', *NAMES))}")
+        return next((backend for backend in self.backends if backend.name == name), None)
+
     def choose(self, backend: str, tensors: tuple, options: dict) -> tuple[Backend, str]:
         """The implementation to run and the reason.
 
         Raises:
-            ValueError: an unknown backend, one this op does not have, or one that does not support the arguments.
+            ValueError: an unknown backend, or one that does not support the arguments.
         """
-        if backend == "auto":
-            refused = []
-            for candidate in self.backends:
-                reason = candidate.refusal(*tensors, **options)
-                if reason is None:
-                    alone = "the only backend" if len(self.backends) == 1 else "the fastest that supports these arguments"
-                    return candidate, "; ".join(refused) or alone
-                refused.append(f"not {candidate.name}: {reason}")
-        for candidate in self.backends:
-            if candidate.name == backend:
-                reason = candidate.refusal(*tensors, **options)
-                if reason is not None:
-                    raise ValueError(f"{self.name}: backend={backend!r} does not support these arguments: {reason}")
-                return candidate, "asked for"
-        here = ", ".join(["auto", *(candidate.name for candidate in self.backends)])
-        raise ValueError(f"{self.name}: backend={backend!r} is not one of {here}")
+        named = self._named(backend)
+        if named is not None:
+            reason = named.refusal(*tensors, **options)
+            if reason is not None:
+                raise ValueError(f"{self.name}: backend={backend!r} does not support these arguments: {reason}")
+            return named, "asked for"
+        told = [] if backend == "auto" else [f"there is no {backend}"]
+        candidates, source = self.backends, ""
+        if self.prefer is not None:
+            names, source = self.prefer(*tensors, **options)
+            candidates = sorted(self.backends, key=lambda backend: names.index(backend.name) if backend.name in names else len(names))
+        for candidate in candidates:
+            reason = candidate.refusal(*tensors, **options)
+            if reason is None:
+                break
+            told.append(f"not {candidate.name}: {reason}")
+        alone = "the only backend" if len(self.backends) == 1 else "the fastest that supports these arguments"
+        return candidate, "; ".join([*told, *([f"order: {source}"] if source else [])]) or alone
 
     def __call__(self, backend: str, *tensors: Any, **options: Any) -> Any:
-        if backend == "auto" and self.fake is not None and tensors[0].device.type == "meta":
-            return self.fake(*tensors, **options)
-        if backend == "auto" and len(self.backends) == 1:
-            return self.backends[0].run(*tensors, **options)
+        if self._named(backend) is None:
+            if self.fake is not None and tensors[0].device.type == "meta":
+                return self.fake(*tensors, **options)
+            if len(self.backends) == 1:
+                return self.backends[0].run(*tensors, **options)
         return self.choose(backend, tensors, options)[0].run(*tensors, **options)
 
 

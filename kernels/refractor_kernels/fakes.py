@@ -3,7 +3,7 @@
 An op has a fake where its reference, a formula for every device, would hold more than a kernel does. The others' references run on the meta
 device as they are.
 Legend: B batch, S sequence, H query heads, D width of queries and keys, E width of values; of the output head: T tokens, V vocabulary,
-D model, C columns of a chunk.
+D model, C columns of a chunk; of the router: T tokens, E experts, K experts per token.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refractor_kernels import check
+from refractor_kernels.routed import Routed
 
 
 class _Attention(torch.autograd.Function):
@@ -100,3 +101,41 @@ class _HeadPartials(torch.autograd.Function):
 def linear_cross_entropy_partials(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A chunk of the gradients of logits, and a sum of x's gradient in float32."""
     return _HeadPartials.apply(x_TD, w_VD, labels_T)
+
+
+class _Route(torch.autograd.Function):
+    """Saved are the logits and the choice, and where something sways it the choice without that."""
+
+    @staticmethod
+    def forward(ctx, logits_TE, sequences, top_k, swayed):
+        tokens, experts = logits_TE.shape
+        indices_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
+        best_TK = indices_TK.new_empty(tokens if swayed else 0, top_k, dtype=torch.int32)
+        ctx.save_for_backward(logits_TE, indices_TK, best_TK)
+        weights_TK, sums_B2E, sums_3 = (logits_TE.new_empty(shape) for shape in ((tokens, top_k), (sequences, 2, experts), (3,)))
+        ctx.mark_non_differentiable(indices_TK)
+        return weights_TK, indices_TK, sums_B2E, sums_3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        return torch.empty_like(ctx.saved_tensors[0]), None, None, None
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    given_TK: Tensor | None,
+    *,
+    sequences: int,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    **options: object,
+) -> Routed:
+    """Pairs and sums; no affinities."""
+    swayed = bias_E is not None or top_groups < num_groups
+    weights_TK, indices_TK, sums_B2E, sums_3 = _Route.apply(check.at_least_float32(logits_TE), sequences, top_k, swayed)
+    hinge = sums_3[1] if swayed else sums_3[1].detach()
+    share_TK = torch.empty_like(weights_TK)
+    return Routed(weights_TK, indices_TK, share_TK, sums_B2E[:, 0].detach(), sums_B2E[:, 1], sums_3[0], hinge, sums_3[2].detach())

@@ -116,9 +116,22 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 def everything() -> list[Shipped]:
     """All kernels that the package ships."""
-    from refractor_kernels.gpu import attention, attention_backward, combine, grouped, head, norm, outer, pairs, rotary, swiglu
+    from refractor_kernels.gpu import (
+        adamw,
+        attention,
+        attention_backward,
+        combine,
+        grouped,
+        head,
+        norm,
+        outer,
+        pairs,
+        rotary,
+        router,
+        swiglu,
+    )
 
-    modules = (norm, rotary, swiglu, pairs, grouped, outer, combine, attention, attention_backward, head)
+    modules = (norm, rotary, swiglu, adamw, router, pairs, grouped, outer, combine, attention, attention_backward, head)
     return [shipped for module in modules for shipped in module.SHIPPED]
 
 

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Everything that was looked for, in the order in which it matters."""
-    return [*_machine(), *_torch(), *_packages(), *_programs(), *_extras()]
+    return [*_machine(), *_torch(), *_packages(), *_kernels(), *_programs(), *_extras()]
 
 
 def _machine() -> Iterator[Finding]:
@@ -130,6 +130,19 @@ def _packages() -> Iterator[Finding]:
     yield Finding("triton", "ok" if triton else "optional", triton or "not installed", mend)
 
 
+def _kernels() -> Iterator[Finding]:
+    """What ``kernels: auto`` runs on this machine, op by op."""
+    try:
+        import torch
+
+        from refractor_kernels.survey import survey
+    except (ImportError, OSError):
+        return  # told above
+    for line in survey("cuda" if torch.cuda.is_available() else "cpu"):
+        op, told = line.split(": ", maxsplit=1)
+        yield Finding(f"op {op}", "ok", told)
+
+
 def _programs() -> Iterator[Finding]:
     programs = (
         ("git", ("git",), "records of a run name the commit; install git"),
@@ -157,10 +170,10 @@ def _apex() -> Finding:
         return Finding(
             "apex", "optional", "not installed; PyTorch's fused AdamW is used", "NVIDIA's is installed from its own source, not from PyPI"
         )
-    from refractor_core.optim.apex import is_nvidias  # imports apex, and so torch
+    from refractor_kernels.apex import fused_adam  # imports apex, and so torch
 
-    if is_nvidias():
-        return Finding("apex", "ok", "NVIDIA's; its FusedAdam updates CUDA masters")
+    if fused_adam():
+        return Finding("apex", "ok", "NVIDIA's; its fused AdamW can update CUDA masters")
     told = "not NVIDIA's with its CUDA extension: the web toolkit of that name, or built without it"
     return Finding("apex", "bad", told, "pip uninstall apex; NVIDIA's is installed from its own source, with --cuda_ext")
 

@@ -47,8 +47,9 @@ class RunConfig(Section):
     """The decoder."""
     parallel: ParallelConfig = ParallelConfig()
     """How the run is spread over ranks."""
-    kernels: Literal["auto", "torch"] = "auto"
-    """Backend of ``refractor_kernels``: the best for device and shape, or the PyTorch references."""
+    kernels: Literal["auto", "triton", "torch", "flash_attn", "cudnn", "apex"] = "auto"
+    """Backend of ``refractor_kernels``: the best for device and shape (auto), the PyTorch references (torch), or one by name, for the ops
+    that have it; the others do as in auto. One that cannot do what a model asks of it is refused. ``refractor doctor`` tells what runs."""
     batch: BatchConfig
     """One optimizer step."""
     data: DataConfig

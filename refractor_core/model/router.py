@@ -18,7 +18,7 @@ from refractor_core.parallel.context import ALONE, ContextSplit
 from refractor_core.parallel.mesh import Axis
 from refractor_core.parallel.sharding import parameter
 from refractor_core.parallel.weight_gradients import linear
-from refractor_kernels import route
+from refractor_kernels import Routed, route
 
 
 class Router(nn.Module):
@@ -81,59 +81,29 @@ class Router(nn.Module):
         """
         compute = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         logits_BSE = linear(x_BSD.to(compute), self.weight)
-        weights_TK, indices_TK, affinities_TE = self.choose(logits_BSE.flatten(0, 1), self.expert_bias_E)
-        chosen_BSE = torch.zeros_like(logits_BSE, dtype=torch.bool).flatten(0, 1).scatter_(1, indices_TK, True).view_as(logits_BSE)
-        kept_TK = None
+        routed = self.choose(logits_BSE.flatten(0, 1), self.expert_bias_E, sequences=len(x_BSD))
+        weights_TK, kept_TK = routed.weights_TK, None
         if self.config.capacity_factor is not None:
-            kept_TK = within_capacity(chosen_BSE, indices_TK, self.config.capacity_factor, self.config.top_k, self.split)
+            chosen_TE = torch.zeros_like(logits_BSE, dtype=torch.bool).flatten(0, 1).scatter_(1, routed.indices_TK, True)
+            of_capacity = self.config.capacity_factor, self.config.top_k, self.split
+            kept_TK = within_capacity(chosen_TE.view_as(logits_BSE), routed.indices_TK, *of_capacity)
             weights_TK = weights_TK * kept_TK
-        return weights_TK, indices_TK, self._statistics(logits_BSE, affinities_TE.view_as(logits_BSE), chosen_BSE, indices_TK, kept_TK)
+        return weights_TK, routed.indices_TK, self._statistics(routed, x_BSD.shape[0] * x_BSD.shape[1], kept_TK)
 
-    def _statistics(
-        self, logits_BSE: Tensor, affinities_BSE: Tensor, chosen_BSE: Tensor, indices_TK: Tensor, kept_TK: Tensor | None
-    ) -> RouterStatistics:
-        config = self.config
-        log_sum_BS = logits_BSE.logsumexp(-1)
-        if config.scoring == "softmax":
-            shares_BSE, logs_BSE = affinities_BSE, logits_BSE.detach() - log_sum_BS.detach().unsqueeze(-1)
-        else:
-            shares_BSE = affinities_BSE / affinities_BSE.sum(-1, keepdim=True).clamp_min(1e-20)
-            logs_BSE = shares_BSE.detach().clamp_min(1e-30).log()
-        with torch.no_grad():
-            entropy = -(shares_BSE * logs_BSE).sum() / math.log(max(config.num_experts, 2))
-            count_BE = chosen_BSE.sum(1).to(logits_BSE.dtype)
-            none = logits_BSE.new_zeros(())
-            dropped = none if kept_TK is None else (~kept_TK).sum().to(logits_BSE.dtype)
-        hinge, bias, drop = self._regret(affinities_BSE.flatten(0, 1), indices_TK, kept_TK)
+    def _statistics(self, routed: Routed, tokens: int, kept_TK: Tensor | None) -> RouterStatistics:
+        none = routed.entropy.new_zeros(())
         sums = {
-            "count_BE": count_BE,
-            "probability_BE": shares_BSE.sum(1),
-            "z_loss": log_sum_BS.square().sum(),
-            "regret_hinge": hinge,
-            "regret_bias": bias,
-            "regret_drop": drop,
-            "entropy": entropy,
-            "dropped": dropped,
+            "count_BE": routed.count_BE,
+            "probability_BE": routed.probability_BE,
+            "z_loss": routed.z_loss,
+            "regret_hinge": routed.hinge,
+            "regret_bias": routed.hinge.detach(),
+            "regret_drop": none if kept_TK is None else (routed.share_TK * ~kept_TK).sum(),
+            "entropy": routed.entropy,
+            "dropped": none if kept_TK is None else (~kept_TK).sum().to(none.dtype),
         }
-        tokens = logits_BSE.shape[0] * logits_BSE.shape[1] * self.split.axis.size
-        return RouterStatistics(layer=self.layer, tokens=tokens, top_k=config.top_k, **_summed(sums, self.split.axis))
-
-    def _regret(self, affinities_TE: Tensor, indices_TK: Tensor, kept_TK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(hinge, bias, drop), see ``RouterStatistics``. What both sets share cancels, so sums over the sets serve as sums over their
-        differences. Where nothing sways the choice and nothing drops it, all are zero and nothing is computed."""
-        config, none = self.config, affinities_TE.new_zeros(())
-        swayed = self.expert_bias_E is not None or config.top_groups < config.num_groups
-        if not swayed and kept_TK is None:
-            return none, none, none
-        picked_TK = affinities_TE.gather(1, indices_TK)
-        if swayed:
-            best_TK = affinities_TE.gather(1, affinities_TE.detach().topk(config.top_k, dim=-1).indices)
-        else:
-            best_TK = picked_TK
-        mass_T = best_TK.detach().sum(-1).clamp_min(1e-20)
-        hinge = ((best_TK.sum(-1) - picked_TK.sum(-1)).clamp_min(0) / mass_T).sum() if swayed else none
-        drop = none if kept_TK is None else ((picked_TK.detach() * ~kept_TK).sum(-1) / mass_T).sum()
-        return hinge, hinge.detach(), drop
+        every = tokens * self.split.axis.size
+        return RouterStatistics(layer=self.layer, tokens=every, top_k=self.config.top_k, **_summed(sums, self.split.axis))
 
 
 def _summed(sums: dict[str, Tensor], axis: Axis) -> dict[str, Tensor]:

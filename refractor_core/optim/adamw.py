@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) on segments: element by element, so that no rank needs to know of another's. The rule is PyTorch's or apex's."""
+"""AdamW (arXiv 1711.05101) on segments: element by element, so that no rank needs to know of another's. ``refractor_kernels`` updates."""
 
 from collections.abc import Sequence
 
@@ -6,64 +6,59 @@ import torch
 from torch import Tensor
 
 from refractor_core.config.training import OptimizerConfig
-from refractor_core.optim.apex import fused_adam
+from refractor_core.optim.ema import Ema
 from refractor_core.parallel.segments import Saved, Segment
+from refractor_kernels import AdamWTensors, adamw
 
 
 class AdamW:
-    """Fused where there is a fused kernel: NVIDIA apex's for CUDA masters if it is installed, else PyTorch's.
+    """Everything of a step in one op: clipping, moments, masters, the parameters' rounded weights, and the moving average.
 
     Args:
         segments: what this rank owns.
         masters: their weights, flat, in the same order.
+        kernels: backend of the op.
     """
 
-    def __init__(self, segments: Sequence[Segment], masters: Sequence[Tensor], config: OptimizerConfig):
+    def __init__(self, segments: Sequence[Segment], masters: Sequence[Tensor], config: OptimizerConfig, kernels: str = "auto"):
+        self._config, self._kernels = config, kernels
         self._owned = [(segment, master) for segment, master in zip(segments, masters, strict=True) if master.numel()]
-        matrices = [master for segment, master in self._owned if segment.parameter.dim() >= 2]
-        others = [master for segment, master in self._owned if segment.parameter.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
-        self._rule = _rule(groups, config) if groups else None
-        for _, master in self._owned:
-            # Before the first step, so that a checkpoint holds the same names at every step.
-            self._rule.state[master] = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-        self.resume(0)
+        # Before the first step, so that a checkpoint holds the same names at every step.
+        self._moments = {segment.name: (torch.zeros_like(master), torch.zeros_like(master)) for segment, master in self._owned}
+        self._tensors, self._ema = self._gathered(None), None
 
-    def step(self, learning_rate: float, count: int) -> None:
-        """One update; the rule counts for itself."""
-        if self._rule is None:
-            return
-        for group in self._rule.param_groups:
-            group["lr"] = learning_rate
-        try:
-            for segment, master in self._owned:
-                master.grad = segment.gradient
-            self._rule.step()
-        finally:
-            for _, master in self._owned:
-                master.grad = None
+    def _gathered(self, ema: Ema | None) -> list[AdamWTensors]:
+        """All tensors, by the format of the weights, of which a model has one."""
+        groups: dict = {}
+        for segment, master in self._owned:
+            groups.setdefault((segment.weight.dtype, segment.weight.device), []).append((segment, master))
+        return [self._group(owned, ema) for owned in groups.values()]
+
+    def _group(self, owned: list[tuple[Segment, Tensor]], ema: Ema | None) -> AdamWTensors:
+        lowered = owned[0][0].weight is not owned[0][1]
+        return AdamWTensors(
+            gradients=[segment.gradient for segment, _ in owned],
+            masters=[master for _, master in owned],
+            first=[self._moments[segment.name][0] for segment, _ in owned],
+            second=[self._moments[segment.name][1] for segment, _ in owned],
+            decays=[self._config.weight_decay if segment.parameter.dim() >= 2 else 0.0 for segment, _ in owned],
+            weights=[segment.weight for segment, _ in owned] if lowered else [],
+            averages=[] if ema is None else [ema.averages[segment.name] for segment, _ in owned],
+        )
+
+    def step(self, learning_rate: float, count: int, factor: Tensor | None = None, ema: Ema | None = None) -> None:
+        """Update number ``count``, from 1, of masters, parameters and average by the gradients times ``factor``."""
+        if ema is not self._ema:
+            self._tensors, self._ema = self._gathered(ema), ema
+        config, average_weight = self._config, 0.0 if ema is None else ema.advance()
+        rule = {"beta1": config.beta1, "beta2": config.beta2, "epsilon": config.epsilon, "average_weight": average_weight}
+        for tensors in self._tensors:
+            adamw(tensors, factor, count=count, learning_rate=learning_rate, backend=self._kernels, **rule)
 
     def state(self) -> list[Saved]:
         """First and second moments."""
-        slots = [(segment, slot, self._rule.state[master][slot]) for segment, master in self._owned for slot in ("exp_avg", "exp_avg_sq")]
-        return [Saved(f"optimizer.{segment.name}.{slot}", tensor, segment.extent) for segment, slot, tensor in slots]
+        named = [(segment, zip(("exp_avg", "exp_avg_sq"), self._moments[segment.name], strict=True)) for segment, _ in self._owned]
+        return [Saved(f"optimizer.{segment.name}.{slot}", tensor, segment.extent) for segment, slots in named for slot, tensor in slots]
 
     def resume(self, count: int) -> None:
-        """Sets the count, which PyTorch keeps beside each master and apex in each group."""
-        for group in self._rule.param_groups if self._rule else ():
-            if isinstance(self._rule, torch.optim.AdamW):
-                for master in group["params"]:
-                    device = master.device if group["fused"] else "cpu"
-                    self._rule.state[master]["step"] = torch.tensor(float(count), dtype=torch.float32, device=device)
-            else:
-                group["step"] = count
-
-
-def _rule(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
-    common = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
-    devices = {master.device.type for group in groups for master in group["params"]}
-    theirs = fused_adam() if devices == {"cuda"} else None
-    if theirs is not None:
-        return theirs(groups, adam_w_mode=True, bias_correction=True, **common)
-    return torch.optim.AdamW(groups, **({"fused": True} if devices <= {"cpu", "cuda"} else {"foreach": True}), **common)
+        """The moments were overwritten: there is nothing else to take up."""

@@ -33,14 +33,18 @@ class Ema:
         """Name of the parameter → averaged weights, where the master has the weights."""
         self._updates = torch.zeros((), dtype=torch.int64)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Takes the masters in, once after each optimizer step."""
+    def advance(self) -> float:
+        """Counts an update: the part that the new masters have in the averages, which the caller sees to."""
         self._updates += 1
         count = self._updates.item()
-        decay = min(self._decay, count / (9 + count))
+        return 1 - min(self._decay, count / (9 + count))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the masters in, once after each optimizer step that has not done so itself."""
+        part = self.advance()
         if self._masters:
-            torch._foreach_lerp_(list(self.averages.values()), [master.tensor for master in self._masters], 1 - decay)
+            torch._foreach_lerp_(list(self.averages.values()), [master.tensor for master in self._masters], part)
 
     def state(self) -> list[Saved]:
         """``ema.<parameter>``, and ``ema.updates``, an int64 number: the tensors themselves, not copies. Loading needs nothing more."""

@@ -5,7 +5,6 @@ the gradient buffers keep them.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,21 +12,9 @@ from torch import Tensor
 from refractor_core.config.training import OptimizerConfig
 from refractor_core.optim.adafactor import Adafactor
 from refractor_core.optim.adamw import AdamW
+from refractor_core.optim.ema import Ema
 from refractor_core.parallel.segments import Saved, Segment
 from refractor_core.parallel.sharding import main_dtype
-
-
-class Rule(Protocol):
-    """An update rule on master weights. Made of segments, their masters in the same order, and the config."""
-
-    def step(self, learning_rate: float, count: int) -> None:
-        """Update number ``count``, from 1, of all masters; collective where the rule's figures are of whole parameters."""
-
-    def state(self) -> list[Saved]:
-        """What it remembers, named ``optimizer.<parameter>.<slot>``: the tensors themselves."""
-
-    def resume(self, count: int) -> None:
-        """The tensors of ``state`` were overwritten with those after ``count`` updates."""
 
 
 class Optimizer:
@@ -37,31 +24,47 @@ class Optimizer:
         segments: what this rank owns, ``GradientBuffers.segments``: one for every parameter, empty ones too.
         config: section ``optimizer``. Weight decay applies to parameters of two dimensions and more, so not to norms and biases; what
             counts is the parameter's shape, not the segment's.
+        kernels: backend of the ops.
 
     Attributes:
         masters: name → master weights of the segment, flat. The tensors stay the same for good.
     """
 
-    def __init__(self, segments: Sequence[Segment], config: OptimizerConfig):
+    def __init__(self, segments: Sequence[Segment], config: OptimizerConfig, kernels: str = "auto"):
         self._segments = list(segments)
         self.masters: dict[str, Tensor] = {segment.name: _master(segment) for segment in segments}
         lowered = [segment for segment in segments if self.masters[segment.name] is not segment.weight]
         self._low = [segment.weight for segment in lowered]
         self._low_masters = [self.masters[segment.name] for segment in lowered]
         self._count, self._saved_count = 0, torch.zeros((), dtype=torch.int64)
-        rule = Adafactor if config.kind == "adafactor" else AdamW
-        self._rule: Rule = rule(self._segments, list(self.masters.values()), config)
+        masters = list(self.masters.values())
+        self._rule: AdamW | Adafactor
+        if config.kind == "adafactor":
+            self._rule = Adafactor(self._segments, masters, config)
+        else:
+            self._rule = AdamW(self._segments, masters, config, kernels)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, factor: Tensor | None = None, ema: Ema | None = None) -> None:
         """Updates masters, and the parameters where this rank owns them, from the segments' gradients, which may be overwritten.
 
         A skipped step is one where this is not called: the count of steps stays.
+
+        Args:
+            factor: scalar that the gradients are multiplied by first. None: 1.
+            ema: takes the new masters in.
         """
         self._count += 1
         self._saved_count.fill_(self._count)
+        if isinstance(self._rule, AdamW):
+            self._rule.step(learning_rate, self._count, factor, ema)  # all of it in one pass
+            return
+        for segment in self._segments if factor is not None else ():
+            segment.gradient.mul_(factor.to(segment.gradient.dtype))
         self._rule.step(learning_rate, self._count)
         self.write_back()
+        if ema is not None:
+            ema.update()
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -50,7 +50,7 @@ def _prepared(config: RunConfig, mesh: Mesh, given: Assumptions, device: torch.d
         dtype=DTYPES[config.precision.compute],
         device=device,
     )
-    engine = Zero1(model, mesh, config.optimizer)
+    engine = Zero1(model, mesh, config.optimizer, config.kernels)
     engine.load(initial_values(model, config.run.seed))
     average = Ema(engine.masters(), config.checkpoint.ema_decay) if config.checkpoint.ema_decay else None
     passes = Passes(model, mesh, config, engine, config.run.steps)
@@ -58,9 +58,7 @@ def _prepared(config: RunConfig, mesh: Mesh, given: Assumptions, device: torch.d
 
     def step() -> None:
         passes(batch, config.run.steps)
-        engine.update(1e-6, engine.finish(1.0), 1.0)
-        if average is not None:
-            average.update()
+        engine.update(1e-6, engine.finish(1.0), 1.0, average)
 
     return step
 

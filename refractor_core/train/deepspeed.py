@@ -24,6 +24,7 @@ from refractor_core.config.training import OptimizerConfig
 from refractor_core.model.layers import Linear
 from refractor_core.model.moe import Experts
 from refractor_core.optim.clipping import clip_
+from refractor_core.optim.ema import Ema
 from refractor_core.parallel.collectives import sum_over
 from refractor_core.parallel.mesh import Axis, Mesh
 from refractor_core.parallel.norm import gradient_norm
@@ -100,7 +101,7 @@ class DeepSpeed:
             torch._foreach_mul_([segment.gradient for segment in self.segments], 1.0 / scale)
         return gradient_norm(self.segments, self._mesh)
 
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
+    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
         """See ``Engine``."""
         clip_([segment.gradient for segment in self.segments], norm.to(self.segments[0].gradient.device), max_norm)
         for partition in self._partitions:
@@ -109,6 +110,8 @@ class DeepSpeed:
             group["lr"] = learning_rate
         self._engine.step()
         self._count += 1
+        if ema is not None:
+            ema.update()
 
     def masters(self) -> list[Saved]:
         """See ``Engine``."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from refractor_core.config.training import OptimizerConfig
-from refractor_core.optim.clipping import clip_
+from refractor_core.optim.clipping import clip_factor
+from refractor_core.optim.ema import Ema
 from refractor_core.optim.optimizer import Optimizer
 from refractor_core.parallel.gradients import GradientBuffers
 from refractor_core.parallel.mesh import Mesh
@@ -34,8 +35,9 @@ class Engine(Protocol):
         """Waits for the sums over ranks and takes the loss scale out: the norm of the whole model's gradient, float64 scalar, the same on
         every rank, not finite if any element is not."""
 
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
-        """Clips the gradient, whose norm is given, and updates the weights. A step is skipped by not calling it."""
+    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
+        """Clips the gradient, whose norm is given, updates the weights, and has the average take them in. A step is skipped by not
+        calling it."""
 
     def masters(self) -> list[Saved]:
         """``master.<parameter>``: this rank's part of the weights that are updated, float32 at least, the tensors themselves."""
@@ -58,11 +60,12 @@ class Sharded:
         segments: this rank's stretch of each parameter, in model order; some may be empty.
         mesh: the layout.
         config: section ``optimizer``.
+        kernels: backend of the optimizer's ops.
     """
 
-    def __init__(self, segments: list[Segment], mesh: Mesh, config: OptimizerConfig):
+    def __init__(self, segments: list[Segment], mesh: Mesh, config: OptimizerConfig, kernels: str = "auto"):
         self.segments, self._mesh = segments, mesh
-        self.optimizer = Optimizer(segments, config)
+        self.optimizer = Optimizer(segments, config, kernels)
 
     def _unscaled_norm(self, scale: float) -> Tensor:
         """The end of ``Engine.finish``, once the segments' gradients are summed."""
@@ -73,10 +76,9 @@ class Sharded:
     def _gather_weights(self) -> None:
         """Gives every rank the weights that it needs, after the segments' have changed; nothing where layers gather their own."""
 
-    def update(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
+    def update(self, learning_rate: float, norm: Tensor, max_norm: float, ema: Ema | None = None) -> None:
         """See ``Engine``."""
-        clip_([segment.gradient for segment in self.segments], norm, max_norm)
-        self.optimizer.step(learning_rate)
+        self.optimizer.step(learning_rate, clip_factor(norm, max_norm), ema)
         self._gather_weights()
 
     def masters(self) -> list[Saved]:
@@ -103,11 +105,12 @@ class Zero1(Sharded):
         model: whose parameters know their ``ShardSpec``; their storage is taken over by the gradient buffers.
         mesh: the layout.
         config: section ``optimizer``.
+        kernels: backend of the optimizer's ops.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig):
+    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, kernels: str = "auto"):
         self.gradients = GradientBuffers(model.named_parameters(), mesh)
-        super().__init__(self.gradients.segments, mesh, config)
+        super().__init__(self.gradients.segments, mesh, config, kernels)
 
     def begin(self) -> None:
         """See ``Engine``."""

@@ -40,17 +40,18 @@ class Fsdp2(Sharded):
         mesh: the layout, without a pipeline.
         config: section ``optimizer``.
         reshard_after_forward: frees a layer's weights between its forward and its backward pass.
+        kernels: backend of the optimizer's ops.
 
     Raises:
         ValueError: a layout with a pipeline, or without ranks to divide weights over.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, reshard_after_forward: bool = True):
+    def __init__(self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, reshard_after_forward: bool = True, kernels: str = "auto"):
         _refuse(mesh)
         self._root = model
         made = dict(model.named_parameters())
         _fully_shard(model, mesh, reshard_after_forward)
-        super().__init__([_segment(name, p, made[name], mesh) for name, p in model.named_parameters()], mesh, config)
+        super().__init__([_segment(name, p, made[name], mesh) for name, p in model.named_parameters()], mesh, config, kernels)
         self._partial = [segment.gradient for segment in self.segments if segment.parameter.spec.partial]
 
     def begin(self) -> None:

@@ -157,12 +157,12 @@ def make_engine(model: Decoder, mesh: Mesh, config: RunConfig) -> Engine:
     if config.parallel.engine == "fsdp2":
         from refractor_core.train.fsdp2 import Fsdp2  # half a second of torch that no other engine needs
 
-        return Fsdp2(model, mesh, config.optimizer, config.parallel.reshard_after_forward)
+        return Fsdp2(model, mesh, config.optimizer, config.parallel.reshard_after_forward, config.kernels)
     if config.parallel.engine == "deepspeed":
         from refractor_core.train.deepspeed import DeepSpeed
 
         return DeepSpeed(model, mesh, config.optimizer, config.parallel.deepspeed)
-    return Zero1(model, mesh, config.optimizer)
+    return Zero1(model, mesh, config.optimizer, config.kernels)
 
 
 def given_weights(path: str, config: ModelConfig) -> Weights:

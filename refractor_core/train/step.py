@@ -71,9 +71,7 @@ class Stepper:
         learning_rate = self._schedule.rate(state.step + 1)
         skipped = not math.isfinite(grad_norm)
         if not skipped:
-            state.engine.update(learning_rate, norm, config.stability.gradient_clip_norm)
-            if state.ema is not None:
-                state.ema.update()
+            state.engine.update(learning_rate, norm, config.stability.gradient_clip_norm, state.ema)
             self._remember_counts(passed.routers)
         state.scaler.update(skipped)
         state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0

@@ -22,6 +22,7 @@ from refractor_core.parallel.sharding import initialise
 from refractor_core.train.passes import Passes
 from refractor_core.verify.activations import Activations
 from refractor_core.verify.probes import Answers, Ranges, ask, ranges_of
+from refractor_kernels import Routed
 
 Prepare = Callable[[Decoder, Mesh], None]
 
@@ -152,27 +153,21 @@ class _Follower:
 
     def __init__(self, router: Router, routing: dict[int, Tensor] | None, batch: Batch, mesh: Mesh):
         self.layer, self.first, self.changed, self.pairs = router.layer, 0, 0, 0
-        self._config, self._free, self._found = router.config, router.choose, {}
-        self._rows = 0
-        rows, self._length = len(batch.tokens_BS), batch.tokens_BS.shape[1] // router.split.axis.size
+        self._free, self._found, rows = router.choose, {}, len(batch.tokens_BS)
         self._given = None
         if routing is not None:
             self._given = router.split.own(routing[router.layer][rows * mesh.axis("data").rank :][:rows])
         router.choose = self._choose
 
-    def _choose(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        weights_TK, indices_TK, affinities_TE = self._free(logits_TE, bias_E)
-        rows = len(logits_TE) // self._length
+    def _choose(self, logits_TE: Tensor, bias_E: Tensor | None, sequences: int) -> Routed:
+        routed = self._free(logits_TE, bias_E, sequences=sequences)
         if self._given is not None:
-            given_TK = self._given[self.first : self.first + rows].flatten(0, 1)
+            given_TK = self._given[self.first : self.first + sequences].flatten(0, 1)
             self.pairs += given_TK.numel()
-            self.changed += int((~(indices_TK.unsqueeze(2) == given_TK.unsqueeze(1)).any(2)).sum())
-            indices_TK, weights_TK = given_TK, affinities_TE.gather(1, given_TK)
-            if self._config.normalize_top_k:
-                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-            weights_TK = weights_TK * self._config.routed_scale
-        self._found[self.first] = indices_TK.view(rows, self._length, -1)
-        return weights_TK, indices_TK, affinities_TE
+            self.changed += int((~(routed.indices_TK.unsqueeze(2) == given_TK.unsqueeze(1)).any(2)).sum())
+            routed = self._free(logits_TE, bias_E, sequences=sequences, given_TK=given_TK)
+        self._found[self.first] = routed.indices_TK.view(sequences, -1, routed.indices_TK.shape[1])
+        return routed
 
     def chosen(self) -> Tensor:
         return torch.cat([self._found[first] for first in sorted(self._found)])

@@ -60,8 +60,8 @@ def test_split_weights_differ_between_ranks_and_replicated_ones_agree_to_the_bit
 
 
 def _decay_by_flat_shape(engine):
-    for group in engine.optimizer._rule._rule.param_groups:
-        group["weight_decay"] = 0.0
+    for tensors in engine.optimizer._rule._tensors:
+        tensors.decays[:] = [0.0] * len(tensors.decays)
 
 
 FAULTS = {

@@ -1,5 +1,7 @@
 """The formulas written out plainly, in whatever dtype they are given: float64 makes them the oracle, low precision the plain op."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,22 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, *, top_k, scoring, normalize
         indices.append(chosen)
     shape = (len(indices), top_k)
     return (torch.stack(weights) if weights else torch.zeros(shape).double()), torch.tensor(indices, dtype=torch.int64).view(shape)
+
+
+def route_sums(logits_TE: Tensor, bias_E: Tensor | None, indices_TK: Tensor, sequences: int, *, scoring, swayed):
+    """The differentiable sums of a choice: parts by sequence, z-loss, hinge; then counts, shares and entropy."""
+    s_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
+    part_TE = s_TE / s_TE.sum(-1, keepdim=True)
+    lengths = [len(logits_TE) // max(sequences, 1)] * sequences
+    picked_T, hinge = s_TE.gather(1, indices_TK).sum(-1), 0 * logits_TE.sum()
+    best_T = s_TE.topk(indices_TK.shape[1]).values.sum(-1) if swayed else picked_T
+    if swayed:
+        hinge = hinge + ((best_T - picked_T).clamp_min(0) / best_T.detach()).sum()
+    count_TE = torch.zeros_like(s_TE.detach()).scatter_(1, indices_TK, 1.0)
+    by_sequence = lambda x: torch.stack([piece.sum(0) for piece in x.split(lengths)]) if sequences else x[:0]  # noqa: E731
+    entropy = -(part_TE * part_TE.clamp_min(1e-30).log()).sum().detach() / math.log(max(s_TE.shape[1], 2))
+    shares_TK = (s_TE.gather(1, indices_TK) / best_T.unsqueeze(-1)).detach()
+    return (by_sequence(part_TE), logits_TE.logsumexp(-1).square().sum(), hinge), (by_sequence(count_TE), shares_TK, entropy)
 
 
 def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, ignore: int) -> Tensor:

@@ -38,6 +38,9 @@ BAD = {
     "bias_E is torch.bfloat16": lambda: rk.route(torch.zeros(2, 4), torch.zeros(4).bfloat16(), top_k=1),
     "bias_E has shape": lambda: rk.route(torch.zeros(2, 4), torch.zeros(3), top_k=1),
     "bias_E is on meta": lambda: rk.route(torch.zeros(2, 4), torch.zeros(4, device="meta"), top_k=1),
+    "sequences=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, sequences=3),
+    "given_TK is torch.int32": lambda: rk.route(torch.zeros(2, 4), top_k=1, given_TK=torch.zeros(2, 1, dtype=torch.int32)),
+    "given_TK has shape": lambda: rk.route(torch.zeros(2, 4), top_k=2, given_TK=torch.zeros(2, 1, dtype=torch.int64)),
     "logits_TE is torch.int64": lambda: rk.route(torch.zeros(2, 4).long(), top_k=1),
     "w_gate_up_EFD has 12 rows": lambda: rk.experts(X, GATE_UP, DOWN[:, :, :5], INDICES, WEIGHTS),
     "w_down_EDF is torch.float64": lambda: rk.experts(X, GATE_UP, DOWN.double(), INDICES, WEIGHTS),
@@ -72,16 +75,21 @@ def test_bad_arguments_are_named(message):
 def test_the_choice_is_explained():
     assert rk.explain("linear_cross_entropy", X.double(), X.double(), LABELS).startswith("linear_cross_entropy: torch (not triton: ")
     assert rk.explain("swiglu", Q, backend="torch") == "swiglu: torch (asked for)"
-    assert all("torch" in rk.backends(op) for op in rk.__all__ if op not in ("explain", "backends"))
+    assert all("torch" in rk.backends(op) for op in Op.registry)
 
 
 def test_unknown_ops_and_backends_are_refused():
-    with pytest.raises(ValueError, match="op='attend' is not one of attention"):
+    with pytest.raises(ValueError, match="op='attend' is not one of adamw, attention"):
         rk.explain("attend")
-    with pytest.raises(ValueError, match="backend='cuda' is not one of auto, triton, torch"):
-        rk.linear_cross_entropy(X, X, LABELS, backend="cuda")
-    with pytest.raises(ValueError, match="backend='cudnn' is not one of auto, triton, torch"):
-        rk.explain("swiglu", Q, backend="cudnn")
+    for call in (lambda: rk.linear_cross_entropy(X, X, LABELS, backend="cuda"), lambda: rk.explain("swiglu", Q, backend="cuda")):
+        with pytest.raises(ValueError, match="backend='cuda' is not one of auto, torch, triton, flash_attn, cudnn, apex"):
+            call()
+
+
+def test_an_op_without_the_named_backend_does_what_auto_would():
+    assert "there is no cudnn; " in rk.explain("swiglu", Q, backend="cudnn")
+    assert torch.equal(rk.swiglu(Q, backend="cudnn"), rk.swiglu(Q))
+    assert rk.attention(Q.to("meta"), KV.to("meta"), KV.to("meta"), backend="apex").device.type == "meta"
 
 
 def test_a_machine_without_triton_or_cuda_is_told_why():

@@ -117,28 +117,45 @@ def test_route_equals_the_formula(tokens, size, num_groups, top_groups, top, sco
         "top_k": min(top, size * top_groups), "scoring": scoring, "normalize": normalize, "num_groups": num_groups,
         "top_groups": top_groups, "scale": 1.7,
     }  # fmt: skip
-    weights, indices, affinities = route(logits, bias, **options)
+    routed = route(logits, bias, sequences=tokens, **options)
     expected_weights, expected_indices = oracles.route(logits, bias, **options)
-    assert torch.equal(indices, expected_indices)
-    torch.testing.assert_close(weights, expected_weights, rtol=1e-12, atol=0)
-    torch.testing.assert_close(affinities, logits.softmax(-1) if scoring == "softmax" else logits.sigmoid())
+    assert torch.equal(routed.indices_TK, expected_indices)
+    torch.testing.assert_close(routed.weights_TK, expected_weights, rtol=1e-12, atol=0)
+    swayed = bias is not None or top_groups < num_groups
+    sums = oracles.route_sums(logits, bias, expected_indices, tokens, scoring=scoring, swayed=swayed)
+    got = (routed.probability_BE, routed.z_loss, routed.hinge), (routed.count_BE, routed.share_TK, routed.entropy)
+    torch.testing.assert_close(got, sums, rtol=1e-12, atol=1e-12)
 
 
 def test_route_gradients_and_ties_and_precision():
     logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: route(z, top_k=2, scoring="sigmoid", scale=2.0)[0], (logits,))
-    assert torch.autograd.gradcheck(lambda z: route(z, top_k=2, normalize=False)[2], (logits,))
-    assert route(torch.zeros(2, 5), top_k=3)[1].tolist() == [[0, 1, 2]] * 2
-    weights, _, affinities = route(logits.detach().bfloat16(), top_k=2)
-    assert weights.dtype == affinities.dtype == torch.float32
-    assert route(torch.full((1, 4), -200.0), top_k=2, scoring="sigmoid")[0].isfinite().all()
+    for scoring in ("softmax", "sigmoid"):
+        for bias in (None, torch.tensor([0.0, 0.5, 0, 0.2, 0, -0.3]).double()):
+            routed = lambda z: route(z, bias, top_k=2, scoring=scoring, scale=2.0, sequences=2)  # noqa: B023, E731
+            assert torch.autograd.gradcheck(lambda z: [routed(z)[i] for i in (0, 4, 5)], (logits,))  # noqa: B023
+    assert torch.autograd.gradcheck(lambda z: route(z, top_k=2, normalize=False)[0], (logits,))
+    assert route(torch.zeros(2, 5), top_k=3).indices_TK.tolist() == [[0, 1, 2]] * 2
+    routed = route(logits.detach().bfloat16(), top_k=2)
+    assert all(t.dtype == torch.float32 for t in routed if t.is_floating_point())
+    assert route(torch.full((1, 4), -200.0), top_k=2, scoring="sigmoid").weights_TK.isfinite().all()
 
 
 def test_the_bias_sways_the_choice_and_not_the_weights():
     logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 1.0])
-    weights, indices, affinities = route(logits, bias, top_k=2, normalize=False)
-    assert indices.tolist() == [[2, 0]]
-    assert torch.equal(weights, affinities[:, [2, 0]])
+    routed = route(logits, bias, top_k=2, normalize=False)
+    assert routed.indices_TK.tolist() == [[2, 0]]
+    assert torch.equal(routed.weights_TK, logits.softmax(-1)[:, [2, 0]])
+
+
+def test_a_given_choice_has_its_own_weights_and_sums():
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    free = route(logits, top_k=2, sequences=3, scale=1.5)
+    again = route(logits, top_k=2, sequences=3, scale=1.5, given_TK=free.indices_TK)
+    assert all(torch.equal(a, b) for a, b in zip(free, again, strict=True))
+    other = route(logits, top_k=2, sequences=3, given_TK=torch.tensor([[4, 0]] * 6))
+    affinities = logits.softmax(-1)[:, [4, 0]]
+    torch.testing.assert_close(other.weights_TK, affinities / affinities.sum(-1, keepdim=True))
+    assert other.count_BE.tolist() == [[2, 0, 0, 0, 2]] * 3
 
 
 @FAST

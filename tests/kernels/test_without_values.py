@@ -44,7 +44,9 @@ def test_all_ops_go_forward_and_backward(device):
         (out.sum() + lse.sum()).backward()
     x, w = (torch.empty(rows, 32, dtype=torch.bfloat16, device=device, requires_grad=True) for rows in (128, 100))
     loss = linear_cross_entropy(x, w, torch.empty(128, dtype=torch.int64, device=device))
-    weights, indices, _ = route(torch.empty(128, 8, device=device, requires_grad=True), top_k=2)
+    routed = route(torch.empty(128, 8, device=device, requires_grad=True), torch.empty(8, device=device), top_k=2, sequences=4)
+    (routed.z_loss + routed.probability_BE.sum() + routed.hinge).backward(retain_graph=True)
+    weights, indices = routed.weights_TK, routed.indices_TK
     up, down = (torch.empty(8, *shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in ((48, 32), (32, 24)))
     (experts(x, up, down, indices, weights).sum() + loss.sum()).backward()
     assert loss.dtype == torch.float32 and x.grad.shape == x.shape and up.grad.shape == up.shape and down.grad.shape == down.shape

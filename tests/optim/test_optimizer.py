@@ -9,6 +9,7 @@ from torch import nn
 
 from refractor_core.config.training import OptimizerConfig
 from refractor_core.optim.adafactor import ADAFACTOR_EPSILONS, _boxes
+from refractor_core.optim.ema import Ema
 from refractor_core.optim.optimizer import Optimizer
 from tests.optim.whole import copied, gradient_buffer, put, segments_of
 
@@ -194,16 +195,52 @@ def test_a_checkpoint_holds_the_same_at_every_step(kind, dtype):
     assert described() == before
 
 
-def test_adamw_keeps_in_its_state_what_pytorch_makes_itself():
-    model = Parameters()
-    optimizer, fresh = optimizer_of(model, config()), optimizer_of(model, config())._rule._rule
-    fresh.state.clear()
-    for group in fresh.param_groups:
-        for master in group["params"]:
-            master.grad = torch.zeros_like(master)
-    fresh.step()
-    ours = [{slot: (t.shape, t.dtype) for slot, t in state.items()} for state in optimizer._rule._rule.state.values()]
-    assert ours == [{slot: (t.shape, t.dtype) for slot, t in state.items()} for state in fresh.state.values()]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_adamw_with_clipping_and_average_is_pytorchs_to_the_bit(dtype):
+    """One op does what separate ones did: gradients scaled, torch.optim's step, masters rounded and averaged."""
+    model, c = Parameters(dtype), config()
+    optimizer = optimizer_of(model, c)
+    ema = Ema(optimizer.saved_masters(), 0.9)
+    theirs = {name: master.clone() for name, master in optimizer.masters.items()}
+    averages = {name: master.clone() for name, master in theirs.items()}
+    matrices = [w for name, w in theirs.items() if len(SHAPES[name]) >= 2]
+    others = [w for name, w in theirs.items() if len(SHAPES[name]) < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    rule = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.epsilon, fused=True)
+    for step in range(5):
+        model.draw_gradients(step)
+        factor = torch.tensor(0.3 + 0.1 * step, dtype=torch.float64)
+        for w, p in zip(theirs.values(), model.parameters(), strict=True):
+            w.grad = p.main_grad.flatten().clone().mul_(factor.to(w.dtype))
+        for group in rule.param_groups:
+            group["lr"] = rate(step)
+        rule.step()
+        for name, average in averages.items():
+            average.lerp_(theirs[name], 1 - min(0.9, (step + 1) / (10 + step)))
+        optimizer.step(rate(step), factor, ema)
+        for name, p in model.named_parameters():
+            assert torch.equal(optimizer.masters[name], theirs[name]) and torch.equal(ema.averages[name], averages[name])
+            assert torch.equal(p.flatten(), theirs[name].to(dtype))
+    slots = {saved.name: saved.tensor for saved in optimizer.state()}
+    for name, w in theirs.items():
+        assert all(torch.equal(slots[f"optimizer.{name}.{slot}"], rule.state[w][slot]) for slot in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_scales_the_gradients_and_has_the_average_take_the_masters_in(kind):
+    models = Parameters(torch.bfloat16), Parameters(torch.bfloat16)
+    optimizers = [optimizer_of(model, config(kind)) for model in models]
+    averages = [Ema(optimizer.saved_masters(), 0.5) for optimizer in optimizers]
+    for step in range(3):
+        for model in models:
+            model.draw_gradients(step)
+        optimizers[0].step(rate(step), torch.tensor(0.5), averages[0])
+        models[1].buffer.mul_(0.5)
+        optimizers[1].step(rate(step))
+        averages[1].update()
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(torch.equal(averages[0].averages[name], averages[1].averages[name]) for name in SHAPES)
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(averages[0].state(), averages[1].state(), strict=True))
 
 
 @pytest.mark.parametrize("keys", [{}, OTHER_KEYS])

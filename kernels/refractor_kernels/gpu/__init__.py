@@ -12,11 +12,13 @@ compiles ahead of time. Launch parameters come from ``sm90.json`` alone, so noth
 With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors in Triton's interpreter, which is for tests.
 """
 
+import refractor_kernels.adamw
 import refractor_kernels.attention
 import refractor_kernels.cross_entropy
 import refractor_kernels.experts
 import refractor_kernels.norm
 import refractor_kernels.rotary
+import refractor_kernels.routing
 import refractor_kernels.span_attention
 import refractor_kernels.swiglu  # noqa: F401 — the families, which declare the ops
 from refractor_kernels.dispatch import Op
@@ -24,14 +26,14 @@ from refractor_kernels.gpu.backend import HINDRANCE
 
 _NAMES = (
     *("attention", "attention_with_lse", "span_attention", "span_attention_backward"),
-    *("linear_cross_entropy", "linear_cross_entropy_partials"),
+    *("linear_cross_entropy", "linear_cross_entropy_partials", "adamw", "route"),
     *("experts", "rms_norm", "rms_norm_residual", "rotary", "swiglu"),
 )
 
 if HINDRANCE is None:
-    from refractor_kernels.gpu import attention, cross_entropy, experts, norm, rotary, swiglu
+    from refractor_kernels.gpu import adamw, attention, cross_entropy, experts, norm, rotary, router, swiglu
 
-    for _module in (attention, cross_entropy, experts, norm, rotary, swiglu):
+    for _module in (adamw, attention, cross_entropy, experts, norm, rotary, router, swiglu):
         for _name, (_run, _refuse) in _module.OPS.items():
             Op.registry[_name].register("triton", _run, _refuse)
 else:

@@ -54,3 +54,8 @@ def for_tma(x: Tensor) -> Tensor:
 def programs(device: torch.device, per_sm: int) -> int:
     """How many programs of a persistent kernel run at once. In the interpreter few, so that each walks over several tiles."""
     return 3 if INTERPRETED else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def adding_programs(bucket: tables.Bucket) -> int:
+    """As ``programs``, where each program makes one of the terms of a sum, so that their number must not depend on the device."""
+    return 3 if INTERPRETED else bucket.grid["programs"]
