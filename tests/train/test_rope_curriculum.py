@@ -204,6 +204,7 @@ def long_run(folder, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_from_8k_to_128k_tokens_resumes_bit_exact_across_the_switch(long_documents):
     whole, killed = long_run(long_documents, "whole"), long_run(long_documents, "killed")
     assert tiny.train(whole) == 0

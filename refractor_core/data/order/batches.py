@@ -88,6 +88,7 @@ class BatchPlan:
             rows = np.flatnonzero(source_B == source)
             own = stage.readings[source].read(rank_B[rows])
             found.append((rows[own.row], own.start, own.length, own.ends, own.document))
+            stage.readings[source].release()
         source_B = source_B.copy()
         for row in np.flatnonzero(task_B >= 0).tolist():
             source_B[row] = stage.retrieval.source(int(task_B[row]), stage.mixture.samples[:-1])

@@ -16,7 +16,7 @@ import numpy as np
 
 from refractor_core.data.order.selection import Selection, joined
 from refractor_core.data.permutation import mix, permute
-from refractor_core.data.store import TokenStore
+from refractor_core.data.store import Mapped, TokenStore
 
 LAYOUT = 1
 """Version of the files and of the packing. Raise it with every change of what they hold."""
@@ -99,7 +99,8 @@ class PackPlan:
     def __init__(self, folder: Path, store: TokenStore, selection: Selection, length: int):
         self._store, self._leftovers, self._length = store, selection.leftovers, length
         self.blocks = np.load(folder / "blocks.npy")
-        self._windows, self._pieces, self._ends = (_mapped(folder / f"{name}.bin") for name in FILES)
+        self._maps = [Mapped(folder / f"{name}.bin") for name in FILES]
+        self._windows, self._pieces, self._ends = (mapped.array("<u4") for mapped in self._maps)
         self.complete: bool = json.loads((folder / "plan.json").read_text())["complete"]
         self.packs = int(self.blocks["packs"][-1])
         self.totals = int(self.blocks["tokens"][-1]), int(self.blocks["documents"][-1])
@@ -178,7 +179,8 @@ class PackPlan:
         own = self.read(np.arange(before["packs"], count), np.uint64(key))
         return int(before["tokens"] + own.length.sum()), int(before["documents"] + len(np.unique(own.document)))
 
-
-def _mapped(path: Path) -> np.ndarray:
-    """uint32 [n] of a file."""
-    return np.asarray(np.memmap(path, "<u4", mode="r")) if path.stat().st_size else np.zeros(0, "<u4")
+    def release(self) -> None:
+        """Gives back the memory of pages that were read, the store's too."""
+        for mapped in self._maps:
+            mapped.release()
+        self._store.release()

@@ -55,6 +55,12 @@ class Reading:
         order = np.argsort(row, kind="stable")
         return Pieces(row[order], *(part[order] for part in rest))
 
+    def release(self) -> None:
+        """Gives back the memory of pages that were read, or in the long run all of the plans and indexes would stay resident."""
+        for plan in (self.rest, self.whole):
+            if plan is not None:
+                plan.release()
+
     def _order(self, epoch: np.ndarray) -> np.ndarray:
         return mix(np.uint64(self.key) ^ mix(epoch.astype(np.uint64)))
 
