@@ -1,8 +1,8 @@
 """``refractor verify layouts``: the user's model under each layout, against one process: loss and every parameter's gradient.
 
 The model, its losses and its micro batches are the config's and every router objective is on. The batch is the run's first; where there is
-no dataset yet, or the model is shrunk, tokens are random, in packed documents of random lengths. Ranks are processes of this machine and
-need no GPU.
+no dataset yet, or the model is shrunk, tokens are random, in packed documents of random lengths. Ranks are processes of this machine: on
+its GPUs where it has one for each, unless ``run.device`` is cpu, else on its processors.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import TRAINING
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.train.runtime import check_device
 from refractor_core.verify import lattice
 from refractor_core.verify.diagnosis import Tolerance, compare
 from refractor_core.verify.ledger import Ledger, key_of
@@ -132,17 +133,20 @@ class _Plan:
     ) -> "_Plan":
         config = load_run(path, overrides)
         found = _legal(config, layouts)
+        device = _device(config, max((layout.world_size for layout in found.values()), default=1))
         if shrink:
             config = shrunk(config, list(found.values()))
-        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype], probes=probes)
-        key = key_of(trial.config, dtype, batch=_digest(trial.batch), probes=probes, fault=getattr(prepare, "__name__", None))
+        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype], probes=probes, device=device)
+        fault = getattr(prepare, "__name__", None)
+        key = key_of(trial.config, dtype, batch=_digest(trial.batch), probes=probes, fault=fault, device=device)
         return cls(trial, found, Ledger(record, key, LayoutResult))
 
     def reference(self, log: Callable[[str], None]) -> tuple[Trial, Outcome, Tolerance]:
         """What ranks run, what one process makes of it, and how far they may be from it."""
         trial, alone = self.trial, run_trial(replace(self.trial, probes=False), Mesh.single())
         name = next(name for name, dtype in DTYPES.items() if dtype == trial.dtype)
-        log(f"one process: loss {alone.loss:.12g}, gradient norm {alone.norm:.12g}, {len(alone.pieces)} parameters, {name}")
+        told = f"one process: loss {alone.loss:.12g}, gradient norm {alone.norm:.12g}, {len(alone.pieces)} parameters, {name}"
+        log(f"{told}, on {'GPUs, NCCL' if trial.device == 'cuda' else 'processors, gloo'}")
         if trial.dtype == torch.float64:
             return trial, alone, Tolerance.exact()
         trial = replace(trial, routing=alone.routing)
@@ -209,6 +213,17 @@ def _legal(config: RunConfig, layouts: Sequence[str]) -> dict[str, Layout]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _device(config: RunConfig, ranks: int) -> str:
+    """What that many ranks run on.
+
+    Raises:
+        ConfigError: ``run.device`` is cuda, and there are fewer GPUs.
+    """
+    if config.run.device == "cuda":
+        check_device(config, ranks)
+    return "cuda" if config.run.device != "cpu" and torch.cuda.device_count() >= ranks else "cpu"
 
 
 def _with_objectives(config: RunConfig) -> RunConfig:
