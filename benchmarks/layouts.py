@@ -2,7 +2,7 @@
 
 The lattice is that of ``refractor verify layouts --lattice``, over the tests' small models: every layout runs with the richest model that
 can have it (grouped queries, packed documents, capacity, tied embeddings, every router objective), and a cover of all pairs of choices runs
-with the others. In float64 the probes are asked too. Results are kept as they come; started again, it goes on from there.
+with the others; in float64 the cover is asked the probes too. Results are kept as they come; started again, it goes on from there.
 
 usage: PYTHONPATH=.:kernels python benchmarks/layouts.py [--ranks 8] [--dtype float64|float32|bf16] [--record results/layouts.jsonl]
        PYTHONPATH=.:kernels python benchmarks/layouts.py --table          writes the runbook's table from the results again
@@ -24,7 +24,7 @@ from refractor_core.verify.layouts import verify_runs
 from refractor_core.verify.report import Row, render, row_of
 from refractor_core.verify.result import LayoutResult
 from tests.distributed.documents import write
-from tests.distributed.lattice import MODELS, every_layout
+from tests.distributed.lattice import MODELS, Case, covering, every_layout
 
 NAMES = {"float64": "layouts", "float32": "layouts-float32", "bf16": "layouts-bf16"}
 FAMILIES = {
@@ -69,13 +69,18 @@ def main() -> int:
     log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        runs = [_run(Path(folder), model, [case.layout for case in cases if case.model == model]) for model in MODELS]
+        documents = {model: _document(Path(folder), model) for model in MODELS}
+        runs, probed = ([(documents[model], _of(model, some)) for model in MODELS] for some in (cases, covering(args.ranks)))
         try:
-            found = verify_runs(runs, dtype=args.dtype, record=record, log=log, bar=True, probes=args.dtype == "float64")
+            found = verify_runs(runs, dtype=args.dtype, record=record, log=log, bar=True)
+            asked = verify_runs(probed, record=record, log=log, bar=True, probes=True) if args.dtype == "float64" else [[]] * len(MODELS)
         except KeyboardInterrupt:
             log(f"\nstopped; the same command goes on from {record}")
             return 130
-    rows = [row_of(result, model=model) for model, results in zip(MODELS, found) for result in results]
+    rows = []
+    for model, results, again in zip(MODELS, found, asked, strict=True):
+        answers = {result.layout: result for result in again}
+        rows += [row_of(answers.get(result.layout, result), model=model) for result in results]
     minutes = (time.monotonic() - began) / 60
     page = RESULTS / f"{name}.html"
     models = {f"model {model}": "\n".join(f"{key.replace('__', '.')}: {value}" for key, value in MODELS[model].items()) for model in MODELS}
@@ -85,10 +90,14 @@ def main() -> int:
     return 0 if all(row.result.passed for row in rows) else 1
 
 
-def _run(folder: Path, model: str, layouts: list[str]) -> tuple[str, list[str]]:
+def _document(folder: Path, model: str) -> str:
     (folder / model).mkdir()
     # Where the run would keep its files is no part of what is verified, and its record must be found again.
-    return write(folder / model, **MODELS[model], run__dir="run", data__dir="none"), layouts
+    return write(folder / model, **MODELS[model], run__dir="run", data__dir="none")
+
+
+def _of(model: str, cases: tuple[Case, ...]) -> list[str]:
+    return [case.layout for case in cases if case.model == model]
 
 
 def _families(rows: list[Row]) -> dict[str, dict]:
