@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from refractor_core.config import ConfigError, Problem, RunConfig, load_run
+from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.config.rules import check
+from refractor_core.config.sketch import load_run_or_model
 from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import TRAINING
@@ -31,6 +32,8 @@ from refractor_core.verify.result import LayoutResult
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Outcome, Prepare, Trial, initial_model, run_trial, synthetic_batch
 
+_SKETCH = ("batch.global_batch_size=64", "curriculum.stages=[{until_step: 1000, sequence_length: 256}]")
+"""Of a bare model's run: what every layout of up to 64 ranks can divide."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -51,7 +54,7 @@ def verify_layouts(
     """Runs every layout and compares.
 
     Args:
-        path: the run's YAML file.
+        path: YAML file of the run, or of a model alone.
         layouts: such as ``tensor=2,sequence=true,pipeline=4,schedule=zb_h1,stage_cuts=2/4/6``; what is not named is 1, and data
             parallelism fills the expert grid.
         overrides: ``key.path=value``.
@@ -131,7 +134,7 @@ class _Plan:
         prepare: Prepare | None,
         record: str | os.PathLike | None,
     ) -> "_Plan":
-        config = load_run(path, overrides)
+        config = loaded(path, overrides)
         found = _legal(config, layouts)
         device = _device(config, max((layout.world_size for layout in found.values()), default=1))
         if shrink:
@@ -181,6 +184,15 @@ def _run(
         began = now
 
 
+def loaded(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run, or that of a bare model.
+
+    Raises:
+        ConfigError: it is none; with every mistake.
+    """
+    return load_run_or_model(path, overrides, of_sketch=_SKETCH)[0]
+
+
 def lattice_of(path: str, ranks: int, overrides: Sequence[str] = (), *, cover: bool = False) -> list[str]:
     """Every layout that the run can have on 2 to ``ranks`` ranks, as ``verify_layouts`` takes them.
 
@@ -190,7 +202,7 @@ def lattice_of(path: str, ranks: int, overrides: Sequence[str] = (), *, cover: b
     Raises:
         ConfigError: the config, whatever its layout.
     """
-    found = lattice.legal_layouts(load_run(path, overrides), ranks)
+    found = lattice.legal_layouts(loaded(path, overrides), ranks)
     if cover:
         choices = [lattice.layout_choices(lattice.parse_layout(text)[0]) for text in found]
         found = [found[number] for number in sorted(lattice.cover(choices))]
