@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -100,7 +101,9 @@ def _started(layouts_config, record):
     ]
     # Whoever started the tests in the background, or under nohup, had them ignore the signal; the command must not.
     attentive = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=attentive)
+    (record.parent / "scratch").mkdir()
+    settled = os.environ | {"TMPDIR": str(record.parent / "scratch")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=attentive, env=settled)
     while not (record.exists() and record.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.05)
@@ -128,6 +131,7 @@ def test_a_killed_command_leaves_no_rank_behind(layouts_config, tmp_path):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
     process.stderr.close()
+    assert not list((tmp_path / "scratch").glob("refractor-*"))  # nor a folder
 
 
 def _of_session(session: int) -> list[int]:
