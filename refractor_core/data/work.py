@@ -159,4 +159,4 @@ def _put(unfinished: Path, piece: Path) -> None:
     except OSError:
         if not piece.exists():
             raise
-        shutil.rmtree(unfinished)  # another task made the same piece, and was first: they are equal
+        shutil.rmtree(unfinished)  # another made the same, or whoever had the task before died between finishing it and saying so
