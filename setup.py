@@ -38,10 +38,11 @@ EXTRAS_REQUIRE = {
         "scipy",
         "setuptools>=77",  # a test builds the wheel
         "deepspeed>=0.19; platform_system == 'Linux'",
+        "ray[data]; platform_system == 'Linux'",
         "triton>=3.6; platform_system == 'Linux'",  # its interpreter and its compiler prove kernels without a GPU
     ],
     "deepspeed": ["deepspeed"],
-    "ray": ["ray"],
+    "ray": ["ray[data]"],
     "kenlm": ["kenlm"],
     "bloom": ["datasketch[bloom]"],
     "eval": ["lm-eval"],

@@ -14,6 +14,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser("build", help="build the dataset that data: describes into data.dir")
     build.add_argument("--force", action="store_true", help="build anew and replace the dataset that is there")
+    build.add_argument("--engine", choices=("local", "ray"), help="where tasks run, in place of data.engine")
+    build.add_argument("--only", choices=("read", "clean", "tokenise"), help="one stage, left in the work folder for the next")
+    build.add_argument("--share", metavar="I/N", type=_share, help="of --only read or tokenise the I-th of N shares, I from 0")
     validate = actions.add_parser("validate", help="check files, tokens, provenance, evaluation sets, mix; exit code 1 with findings")
     validate.add_argument("--full", action="store_true", help="decode every document too")
     inspect = actions.add_parser("inspect", help="what a dataset holds, and what each stage of the curriculum will read")
@@ -27,24 +30,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that win over the file's")
 
 
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 ≤ I < N, such as 3/16")
+    return int(index), int(count)
+
+
 def run(args: argparse.Namespace) -> int:
     """Carries it out; exit code 0, or 1 where validation has findings."""
     from refractor_core.config.loading import load_run
 
-    config = load_run(args.config, args.overrides)
     if args.action == "build":  # without what the other actions need: torch alone is 120 MB of its memory
-        from refractor_core.data.builder import build
-
-        scorer = None
-        if config.data.perplexity.backend == "checkpoint":
-            from refractor_core.evaluation.perplexity import checkpoint_scorer
-
-            scorer = checkpoint_scorer(config.data.perplexity)
-        dataset = build(config, force=args.force, scorer=scorer)
-        from refractor_core.data.report import write_report
-
-        print(write_report(dataset, config))
-        return 0
+        return _build(args)
+    config = load_run(args.config, args.overrides)
     from refractor_core.data.dataset import Dataset
     from refractor_core.data.inspect import describe_batch, describe_dataset, describe_document, describe_funnel, describe_removed
     from refractor_core.data.report import write_report
@@ -70,4 +69,28 @@ def run(args: argparse.Namespace) -> int:
         print(describe_batch(dataset, config, args.batch))
     else:
         print(describe_dataset(dataset, config))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from refractor_core.config.loading import load_run
+    from refractor_core.data.builder import build, build_only
+
+    if args.share and not args.only:
+        raise ValueError("--share needs --only read or --only tokenise: what comes between looks at the whole corpus")
+    config = load_run(args.config, [*args.overrides, *([f"data.engine={args.engine}"] if args.engine else [])])
+    scorer = None
+    if config.data.perplexity.backend == "checkpoint" and args.only in (None, "clean"):
+        from refractor_core.evaluation.perplexity import checkpoint_scorer
+
+        scorer = checkpoint_scorer(config.data.perplexity)
+    if args.only:
+        from refractor_core.data.pipeline import Share
+
+        build_only(config, args.only, Share(*args.share or (0, 1)), force=args.force, scorer=scorer)
+        return 0
+    dataset = build(config, force=args.force, scorer=scorer)
+    from refractor_core.data.report import write_report
+
+    print(write_report(dataset, config))
     return 0

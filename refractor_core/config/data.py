@@ -124,6 +124,9 @@ class DataConfig(Section):
     """Shares of the sources."""
     workers: PositiveInt = 1
     """Processes that read, clean and tokenise; 1 works in the process that builds. Their number changes nothing in the dataset."""
+    engine: Literal["local", "ray"] = "local"
+    """Where the workers are: on this machine, or in Ray (an extra), in the cluster that the environment's RAY_ADDRESS names, else in one
+    that is started here for the build. It changes nothing in the dataset."""
     memory_limit: ByteSize = Field("2GiB", validate_default=True)
     """Memory that a build's processes take together, such as ``512MiB``. It changes nothing in the dataset; a limit too small to work in is
     refused."""

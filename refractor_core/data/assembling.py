@@ -5,7 +5,7 @@ fit in memory, and of each range every piece holds one stretch: the stretches ar
 wide the ranges are has no say in the result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +14,29 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
+from refractor_core.config.run import RunConfig
 from refractor_core.config.sources import SourceConfig
 from refractor_core.data.columns import TableWriter, column, taken
-from refractor_core.data.dataset import DOCUMENTS
-from refractor_core.data.manifest import SplitEntry
+from refractor_core.data.dataset import DOCUMENTS, TOKENIZER
+from refractor_core.data.funnel import Funnel
+from refractor_core.data.manifest import (
+    CODE_VERSION,
+    MANIFEST,
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+    SourceEntry,
+    SplitEntry,
+    StageEntry,
+    build_config,
+    config_sha256,
+    hash_file,
+    python_version,
+)
 from refractor_core.data.split import SPLITS
-from refractor_core.data.store import StoreWriter
+from refractor_core.data.store import StoreWriter, token_dtype
 from refractor_core.data.tokenising import BATCH_ROWS
+from refractor_core.data.tokenizer import TextTokenizer
 
 ROWS = 1 << 14
 """Rows of a row group of ``documents.parquet``."""
@@ -164,3 +180,45 @@ def _refuse_twins(keys: np.ndarray, rows: pyarrow.Table) -> None:
     if len(same):
         one, other = (rows["path"][int(same[0]) + i].as_py() for i in (0, 1))
         raise ValueError(f"{one} and {other}: two documents have the id {rows['id'][int(same[0])]}; rename one")
+
+
+def write_manifest(
+    folder: Path, config: RunConfig, funnel: Funnel, stages: Sequence[StageEntry], entries: Sequence[Mapping[str, SplitEntry]]
+) -> None:
+    """Writes the manifest of a dataset that is whole but for it.
+
+    Args:
+        stages: what every document went through.
+        entries: of each source, what its splits hold.
+    """
+    part = build_config(config)
+    tokenizer = TextTokenizer.load(folder / TOKENIZER, config.data.tokenizer.eos_token)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sources = [
+        SourceEntry(
+            name=source.name,
+            domain=source.domain,
+            access=source.access,
+            readers=source.readers,
+            read=funnel.read[source.name],
+            removed=funnel.removed(source.name),
+            **splits,
+        )
+        for source, splits in zip(config.data.sources, entries, strict=True)
+    ]
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        code_version=CODE_VERSION,
+        python_version=python_version(),
+        config=part,
+        config_sha256=config_sha256(part),
+        tokenizer_sha256=tokenizer.sha256,
+        tokenizer_size=tokenizer.size,
+        vocab_size=config.model.vocab_size,
+        eos_id=tokenizer.eos_id,
+        dtype=token_dtype(config.model.vocab_size).name,
+        sources=tuple(sources),
+        stages=tuple(stages),
+        files={path.relative_to(folder).as_posix(): FileEntry(sha256=hash_file(path), size=path.stat().st_size) for path in files},
+    )
+    (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")

@@ -24,7 +24,7 @@ import numpy as np
 from refractor_core.config.data import DataConfig
 from refractor_core.data.corpus import Changes, Corpus, Segment
 from refractor_core.data.memory import Memory
-from refractor_core.data.pool import Pool, Watch
+from refractor_core.data.pool import Engine, Watch
 from refractor_core.data.progress import stage_bar
 from refractor_core.data.work import finished
 
@@ -53,7 +53,7 @@ class Cleaning:
     config: DataConfig
     corpus: Corpus
     kept: np.ndarray
-    pool: Pool
+    pool: Engine
     memory: Memory
     folder: Path
     scorer: Scorer | None = None

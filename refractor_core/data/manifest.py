@@ -108,6 +108,7 @@ _NOT_CONTENT = {
     "dir": True,
     "mixture": True,
     "workers": True,
+    "engine": True,
     "memory_limit": True,
     "on_error": True,
     "tokenizer": {"backend"},

@@ -38,23 +38,32 @@ DOCUMENT_FACTOR = 28
 """Memory that a document of one byte takes at its worst, when it is tokenised: as many tokens as bytes, measured on Chinese."""
 
 
-def workers_within(config: DataConfig) -> int:
+def needed_by_document(config: DataConfig) -> tuple[int, int]:
+    """Memory for the largest document that a source allows, and the index of that source."""
+    sizes = [source.max_document_bytes if isinstance(source, FileSource) else 0 for source in config.sources]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    return DOCUMENT_FACTOR * sizes[largest], largest
+
+
+def workers_within(config: DataConfig, main: int = MAIN_BYTES, worker: int = WORKER_BYTES) -> int:
     """How many of ``data.workers`` can run inside ``data.memory_limit``, each with a document of the largest size that a source allows.
+
+    Args:
+        main: memory beside the workers.
+        worker: memory of a worker beside documents.
 
     Raises:
         ValueError: not even one.
     """
-    sizes = [source.max_document_bytes if isinstance(source, FileSource) else 0 for source in config.sources]
-    largest = max(range(len(sizes)), key=sizes.__getitem__)
-    needed = DOCUMENT_FACTOR * sizes[largest]
-    if MAIN_BYTES + needed > config.memory_limit:
-        fitting = max(0, config.memory_limit - MAIN_BYTES) // DOCUMENT_FACTOR
+    needed, largest = needed_by_document(config)
+    if main + needed > config.memory_limit:
+        fitting = max(0, config.memory_limit - main) // DOCUMENT_FACTOR
         raise ValueError(
-            f"data.memory_limit = {readable(config.memory_limit)}: a build may take {readable(MAIN_BYTES + needed)}, since a document of "
-            f"data.sources.{largest} may have max_document_bytes = {sizes[largest]}; raise the limit"
+            f"data.memory_limit = {readable(config.memory_limit)}: a build may take {readable(main + needed)}, since a document of "
+            f"data.sources.{largest} may have max_document_bytes = {needed // DOCUMENT_FACTOR}; raise the limit"
             + (f", or lower max_document_bytes to {fitting}" if fitting else "")
         )
-    return max(1, min(config.workers, (config.memory_limit - MAIN_BYTES) // (WORKER_BYTES + needed)))
+    return max(1, min(config.workers, (config.memory_limit - main) // (worker + needed)))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 ATTEMPTS = 3
 """Deaths of workers over one task before ``lost`` decides what becomes of it."""
+AHEAD = 4
+"""Tasks for each worker that are made before the first is done, where they are many."""
 PRELOAD = ["refractor_core.data.builder"]
 """What the server that workers are forked from has imported, so that they share its pages."""
 
@@ -34,6 +36,34 @@ class Watch(Protocol):
 
 Function = Callable[[Any, Watch], Any]
 """A task's work: a function of a module's top level, of (task, watch). It must not depend on what its process did before."""
+
+
+class Engine(Protocol):
+    """Who does a build's tasks.
+
+    Attributes:
+        workers: tasks that are done at a time.
+        ahead: tasks that are made before the first is done, where they are many.
+    """
+
+    workers: int
+    ahead: int
+
+    def processes(self) -> list[int]:
+        """Ids of the processes on this machine that work for the build, this one among them."""
+
+    def map(
+        self,
+        function: Function,
+        tasks: Sequence[Any],
+        advance: Callable[[int], object],
+        lost: Callable[[Any, str, str], Any] = ...,
+    ) -> list[Any]:
+        """The tasks' results, in their order (see ``Pool.map``)."""
+
+    def __enter__(self) -> "Engine": ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
 def no_progress(count: int) -> None:
@@ -93,6 +123,11 @@ class Pool:
     workers: int
     _idle: list[_Worker] = field(default_factory=list)
     _busy: list[_Worker] = field(default_factory=list)
+
+    @property
+    def ahead(self) -> int:
+        """Tasks that are made before the first is done, where they are many."""
+        return AHEAD * self.workers
 
     def processes(self) -> list[int]:
         """Ids of this process and its workers."""
@@ -208,7 +243,7 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error as it can be sent, with the traceback as a note."""
     note = "".join(traceback.format_tb(error.__traceback__))
     try:
@@ -231,7 +266,7 @@ def _serve(connection: Connection) -> None:
         try:
             answer = ("done", function(task, _There(connection)))
         except Exception as error:
-            answer = ("error", _portable(error))
+            answer = ("error", portable(error))
         try:
             connection.send(answer)
         except OSError:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refractor_core.config import RunConfig
-from refractor_core.data import Dataset, build, builder, sources, tokenising
+from refractor_core.data import Dataset, assembling, build, pipeline, sources, tokenising
 from refractor_core.data.validate import validate
 from tests.data.corpora import run_config, words, write_corpus, write_jsonl
 
@@ -182,7 +182,7 @@ def test_a_broken_build_leaves_the_old_dataset_and_the_next_goes_on(
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
-        patch.setattr(builder, place, broken)
+        patch.setattr(assembling if place == "hash_file" else pipeline, place, broken)
         build(config)
     assert entries(tmp_path) == [WORK, "web.jsonl"] and not list(tmp_path.rglob("unfinished-*"))
     if isinstance(error, OSError):
@@ -191,7 +191,7 @@ def test_a_broken_build_leaves_the_old_dataset_and_the_next_goes_on(
     assert entries(tmp_path) == ["dataset", "web.jsonl"]
     before = tree(tmp_path / "dataset")
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(builder, place, broken)
+        patch.setattr(assembling if place == "hash_file" else pipeline, place, broken)
         build(config, force=True)
     assert tree(tmp_path / "dataset") == before
     assert entries(tmp_path) == [WORK, "dataset", "web.jsonl"]

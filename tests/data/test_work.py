@@ -76,3 +76,36 @@ def test_two_builds_of_one_dataset_do_not_meet(tmp_path: Path) -> None:
             pass
     with open_work(tmp_path / "set", "key"):
         pass
+
+
+def test_those_who_share_have_it_together_and_nobody_else_meanwhile(tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    with open_work(target, "key", shared=True) as one:
+        with finished(one.piece("read", "1")):
+            pass
+        (one.folder / "read" / "unfinished-9-4").mkdir()  # another's, who is at work
+        with open_work(target, "key", shared=True) as other:
+            assert other.piece("read", "1").exists() and (one.folder / "read" / "unfinished-9-4").exists()
+        with pytest.raises(ValueError, match="another process is building"), open_work(target, "key"):
+            pass
+        with pytest.raises(ValueError, match="others are building a dataset of another configuration"), open_work(target, "x", shared=True):
+            pass
+        assert one.piece("read", "1").exists()
+    with open_work(target, "key"):
+        assert os.listdir(one.folder / "read") == ["1"]
+        with pytest.raises(ValueError, match="another process is building"), open_work(target, "key", shared=True):
+            pass
+    with open_work(target, "x", shared=True):
+        assert not one.piece("read", "1").exists()
+
+
+def test_without_locks_one_may_build_and_nobody_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with pytest.raises(ValueError, match="no locks .flock: Function not implemented., which --share needs"):
+        with open_work(tmp_path / "set", "key", shared=True):
+            pass
+    with open_work(tmp_path / "set", "key") as work, finished(work.piece("read", "1")):
+        pass

@@ -28,7 +28,7 @@ def setup_py() -> dict:
 
 
 def _name(requirement: str) -> str:
-    return re.split(r"[<>=!~ ]", requirement)[0]
+    return re.split(r"[<>=!~ \[;]", requirement)[0]
 
 
 def test_wheel_holds_every_file_of_the_packages(tmp_path):

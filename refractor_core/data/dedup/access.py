@@ -14,10 +14,7 @@ from refractor_core.data.cleaning import Cleaning
 from refractor_core.data.corpus import Changes, Corpus
 from refractor_core.data.dedup.clusters import ranks
 from refractor_core.data.parts import COLUMNS, PartReader
-from refractor_core.data.pool import Pool, Watch
-
-AHEAD = 4
-"""Tasks for each worker that are made before the first is done."""
+from refractor_core.data.pool import Engine, Watch
 
 
 @lru_cache(64)
@@ -64,10 +61,10 @@ def texts_of(cleaning: Cleaning) -> Texts:
     return Texts(corpus.paths, corpus.starts, tuple(tuple(changes.paths) for changes in corpus.changes.values()))
 
 
-def waves(pool: Pool, function: Callable[[Any, Watch], Any], tasks: Iterable[Any], advance: Callable[[int], object]) -> Iterator[Any]:
+def waves(pool: Engine, function: Callable[[Any, Watch], Any], tasks: Iterable[Any], advance: Callable[[int], object]) -> Iterator[Any]:
     """The tasks' results in order, a few tasks being made at a time."""
     tasks = iter(tasks)
-    while wave := list(islice(tasks, AHEAD * pool.workers)):
+    while wave := list(islice(tasks, pool.ahead)):
         yield from pool.map(function, wave, advance)
 
 

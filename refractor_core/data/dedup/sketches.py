@@ -1,11 +1,12 @@
 """What deduplication keeps of every document instead of its text: exact hash, MinHash signature, size; 500 bytes each, on disk."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from refractor_core.data.dedup.hashes import exact_hashes
+from refractor_core.data.parts import PartReader
 from refractor_core.data.signatures import packed, signatures
 
 BATCH = 16384
@@ -16,20 +17,18 @@ HASHES, SIGNATURES, SIZES = "hashes", "signatures", "sizes"
 Arrays = dict[str, np.ndarray]
 
 
-def sketch(texts: Iterable[bytes], permutations: int, progress: Callable[[int], object] = lambda count: None) -> Arrays:
+def sketch(texts: Iterable[bytes], permutations: int) -> Arrays:
     """``hashes`` uint64 [n, 2], ``signatures`` uint32 [n, permutations] and ``sizes`` int64 [n] (bytes) of n texts.
 
     Args:
         texts: UTF-8, in the order of the documents; taken a few megabytes at a time.
-        progress: told numbers of bytes.
     """
-    pieces = [_sketch_chunk(chunk, permutations, progress) for chunk in _chunks(texts)] or [_sketch_chunk([], permutations, progress)]
+    pieces = [_sketch_chunk(chunk, permutations) for chunk in _chunks(texts)] or [_sketch_chunk([], permutations)]
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _sketch_chunk(texts: Sequence[bytes], permutations: int, progress: Callable[[int], object]) -> Arrays:
+def _sketch_chunk(texts: Sequence[bytes], permutations: int) -> Arrays:
     data, offsets = packed(texts)
-    progress(len(data))
     return {HASHES: exact_hashes(data, offsets), SIGNATURES: signatures(data, offsets, permutations), SIZES: np.diff(offsets)}
 
 
@@ -49,6 +48,18 @@ def write_sketch(folder: Path, arrays: Arrays) -> None:
     """Writes a part's arrays as ``.npy`` files, which ``Sketches`` reads."""
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
+
+
+def sketch_segment(path: Path, permutations: int) -> None:
+    """Sketches every document of a segment as it was read, into the folder ``folder_of(path)``."""
+    reader = PartReader(path)
+    folder_of(path).mkdir()
+    write_sketch(folder_of(path), sketch((reader.text(row) for row in range(len(reader))), permutations))
+
+
+def folder_of(segment: Path) -> Path:
+    """Where a segment's sketches lie: beside it."""
+    return segment.with_suffix("")
 
 
 class Sketches:

@@ -1,4 +1,4 @@
-"""The stage of a build that removes duplicates: sketches by segment, the search over all, the alarm, audit rows of what goes."""
+"""The stage of a build that removes duplicates: the search over the sketches of all documents, the alarm, audit rows of what goes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from shutil import rmtree
 
 import numpy as np
 
-from refractor_core.config.data import DataConfig, DeduplicationConfig
+from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.audit import AuditWriter, Removal
 from refractor_core.data.cleaning import AUDIT, REMOVED, Cleaning
-from refractor_core.data.corpus import Corpus, Segment
+from refractor_core.data.corpus import Corpus
 from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, sources_of, texts_of, waves
 from refractor_core.data.dedup.alarm import refuse_vanishing
 from refractor_core.data.dedup.clusters import Duplicates
 from refractor_core.data.dedup.known import FOLDER, KnownDocuments, write_sketches
 from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
-from refractor_core.data.dedup.sketches import SIGNATURES, Sketches, sketch, write_sketch
+from refractor_core.data.dedup.sketches import SIGNATURES, Sketches, folder_of
 from refractor_core.data.dedup.verify import verified
 from refractor_core.data.pool import Watch
 from refractor_core.data.progress import stage_bar
@@ -30,7 +30,7 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
     """
     config, corpus, runs = cleaning.config.deduplication, cleaning.corpus, folder / "runs"
     assert not corpus.changes, "sketches are made of the texts as they were read"
-    sketches, texts, ids = Sketches(cleaning.map("sketch", _sketch)), texts_of(cleaning), ids_of(corpus)
+    sketches, texts, ids = _sketches(corpus), texts_of(cleaning), ids_of(corpus)
     rank = ranks_of(cleaning, ids)
     exact = exact_duplicates(sketches, rank, runs, cleaning.memory.room() // 2)
     near = Duplicates(exact.removed[:0], exact.kept[:0], exact.similarity[:0])
@@ -60,7 +60,7 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
 
 def keep_sketches(cleaning: Cleaning, folder: Path) -> None:
     """Writes the signatures of the documents that are still kept into the dataset's folder, for later builds."""
-    sketches, config = Sketches(cleaning.map("sketch", _sketch)), cleaning.config.deduplication
+    sketches, config = _sketches(cleaning.corpus), cleaning.config.deduplication
     signatures = (rows[cleaning.kept[numbers]] for numbers, rows in sketches.batches(SIGNATURES))
     write_sketches(folder / FOLDER, ids_of(cleaning.corpus)[cleaning.kept], signatures, config.bands * config.rows)
 
@@ -78,10 +78,8 @@ def _known(sketches: Sketches, stays: np.ndarray, config: DeduplicationConfig) -
     return found
 
 
-def _sketch(segment: Segment, config: DataConfig, folder: Path, watch: Watch) -> None:
-    near = config.deduplication
-    permutations = near.bands * near.rows if near.enabled else 0
-    write_sketch(folder, sketch((text for _, text in segment.texts(everything=True)), permutations, watch.advance))
+def _sketches(corpus: Corpus) -> Sketches:
+    return Sketches([folder_of(path) for path in corpus.paths])
 
 
 @dataclass(frozen=True)
