@@ -3,12 +3,10 @@
 from collections import defaultdict
 
 from refractor_core.config.run import RunConfig
-from refractor_core.data.audit import CHANGES
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
 from refractor_core.data.order import BatchPlan
+from refractor_core.data.summary import Audit, funnel
 
-ORDER = ("read", "filter", "mask", "exact", "near", "paragraph", "remainder", "perplexity")
-"""Stages in the order in which documents meet them; others come after."""
 EXCERPT = 60
 """Characters shown of each end of a sequence, and of a removed document."""
 
@@ -54,44 +52,11 @@ def describe_stages(plan: BatchPlan) -> list[str]:
     return lines
 
 
-def funnel(dataset: Dataset) -> list[dict]:
-    """What was left of every source after each stage, and what the stage took.
-
-    Returns:
-        One row per source and stage, in the order of the stages, ``found`` first and ``kept`` last, with ``documents``, ``bytes`` of text
-        and ``tokens`` left, ``removed_documents`` and ``removed_bytes``, and ``changed_documents``. Texts are tokenised at the end, so
-        tokens above ``kept`` are estimated from the bytes; what could not be read has no bytes.
-    """
-    taken: dict[tuple[str, str], list[int]] = {}
-    order = {stage: place for place, stage in enumerate(ORDER)}
-    audit = dataset.audit()
-    for source, stage, size in zip(*(audit.column(name).to_pylist() for name in ("source", "stage", "bytes"))):
-        figures = taken.setdefault((source, stage), [0, 0, 0])
-        figures[2 if stage in CHANGES else 0] += 1
-        figures[1] += size or 0
-    rows = []
-    for source in dataset.manifest.sources:
-        documents, size, tokens = (getattr(source.train, name) + getattr(source.heldout, name) for name in ("documents", "bytes", "tokens"))
-        stages = sorted((stage for name, stage in taken if name == source.name), key=lambda stage: (order.get(stage, len(order)), stage))
-        own: list[dict] = []
-        rate = tokens / size if size else 0.0
-        for stage in ("kept", *reversed(stages)):
-            gone, gone_bytes, changed = taken.get((source.name, stage), [0, 0, 0])
-            figures = {"documents": documents, "bytes": size, "tokens": round(size * rate)}
-            removed = {"removed_documents": gone, "removed_bytes": gone_bytes, "changed_documents": changed}
-            own.append({"source": source.name, "stage": stage, **figures, **removed})
-            documents, size = documents + gone, size + gone_bytes
-        found = {"documents": documents, "bytes": size, "tokens": round(size * rate)}
-        own.append({"source": source.name, "stage": "found", **found, "removed_documents": 0, "removed_bytes": 0, "changed_documents": 0})
-        rows += own[:0:-1] + own[:1]
-    return rows
-
-
 def describe_funnel(dataset: Dataset) -> str:
     """``funnel`` as a table."""
     head = ("source", "after", "documents", "bytes", "tokens", "removed", "bytes removed", "changed")
     lines = ["{:<16}{:<12}{:>11}{:>15}{:>14}{:>10}{:>15}{:>10}".format(*head)]
-    for row in funnel(dataset):
+    for row in funnel(dataset, Audit.of(dataset)):
         lines.append("{:<16}{:<12}{:>11}{:>15}{:>14}{:>10}{:>15}{:>10}".format(*row.values()))
     return "\n".join(lines)
 

@@ -10,7 +10,8 @@ from refractor_core.cli.main import main
 from refractor_core.config import RunConfig
 from refractor_core.config.loading import dump
 from refractor_core.data import Dataset, build
-from refractor_core.data.report import _marked, visible, write_report
+from refractor_core.data.charts import marked
+from refractor_core.data.report import visible, write_report
 from tests.data.corpora import run_config, words, write_jsonl
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \u202egnp.exe \x07\u200b &amp; {{ 7*7 }}"
@@ -73,7 +74,7 @@ def test_documents_are_only_text_in_it(page: tuple[str, Dataset, RunConfig]) -> 
 
 
 def test_differences_are_marked_on_both_sides() -> None:
-    left, right = _marked("one two three four", "one zwei three four and more")
+    left, right = marked("one two three four", "one zwei three four and more")
     assert left == [(False, "one "), (True, "two"), (False, " three four")]
     assert right == [(False, "one "), (True, "zwei"), (False, " three four")]
 
@@ -85,7 +86,7 @@ def test_what_is_hidden_is_spelled_out() -> None:
 def test_findings_lead(page: tuple[str, Dataset, RunConfig]) -> None:
     _, dataset, config = page
     html = write_report(dataset, config, ["train/web.bin: <b>bad</b>"]).read_text(encoding="utf-8")
-    assert "1 findings" in html and "train/web.bin: &lt;b&gt;bad" in html
+    assert "1 finding<" in html and "train/web.bin: &lt;b&gt;bad" in html
 
 
 def test_it_is_no_part_of_the_dataset_and_the_commands_write_it(
