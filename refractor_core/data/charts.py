@@ -181,4 +181,3 @@ def rule_groups(audit: Audit) -> Iterable[dict[str, Any]]:
         total = sum(rule["count"] for rule in rules)
         found.append({"stage": stage, "why": STAGES.get(stage, ""), "stays": stage in CHANGES, "count": total, "rules": rules})
     return found
-
