@@ -90,17 +90,23 @@ def mix_chart(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
     return {"problem": "", "stages": stages, "epochs": epochs}
 
 
-def length_charts(documents: Documents, config: RunConfig, label) -> dict[str, Any]:
+def power(exponent: int) -> str:
+    """2 to the exponent, as context lengths are called: 512, 16k, 1M."""
+    unit = min(exponent // 10, 3)
+    return f"{2 ** (exponent - 10 * unit)}{('', 'k', 'M', 'G')[unit]}"
+
+
+def length_charts(documents: Documents, config: RunConfig) -> dict[str, Any]:
     """Histograms of lengths by source on one axis, where the curriculum's contexts lie on it, and the share of tokens in documents that
     are at least so long."""
     used = [place for place in range(BINS) if any(own[place] for own in documents.lengths.values())] or [0]
     low, high = used[0], used[-1] + 1
     sources = {
-        name: histogram([int(count) for count in own[low:high]], lambda place: f"{label(2 ** (place + low))} tokens and more")
+        name: histogram([int(count) for count in own[low:high]], lambda place: f"{power(place + low)} tokens and more")
         for name, own in documents.lengths.items()
     }
     step = -(-(high - low) // (TICKS - 1))
-    ticks = [(label(2**place), (place - low) / (high - low)) for place in range(low, high + 1, step)]
+    ticks = [(power(place), (place - low) / (high - low)) for place in range(low, high + 1, step)]
     contexts = sorted({stage.sequence_length for stage in config.curriculum.stages})
     marks = [(length, (math.log2(length) - low) / (high - low)) for length in contexts]
     total = int(documents.tokens_by_length.sum()) or 1

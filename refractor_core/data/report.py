@@ -57,7 +57,7 @@ def write_report(dataset: Dataset, config: RunConfig, findings: Sequence[str] | 
         funnel=charts.funnel_chart(dataset, audit),
         by_source=charts.source_rows(dataset, audit),
         kinds=_kinds(documents),
-        lengths=charts.length_charts(documents, config, _short),
+        lengths=charts.length_charts(documents, config),
         bands=charts.band_chart(dataset, documents),
         duplicates=charts.duplicate_pairs(dataset, audit),
         similarities=charts.similarity_chart(audit),
@@ -126,7 +126,7 @@ def _encoding(dataset: Dataset) -> Mapping[str, Any]:
 
 
 def _figure(value: float) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
+    return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() and abs(value) < 1000 else f"{round(value):,}"
 
 
 def _short(value: float) -> str:
