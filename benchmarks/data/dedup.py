@@ -6,6 +6,7 @@ is taken from sets of tuples of words, as is that of the removed documents that 
 
 import random
 import re
+import string
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +32,12 @@ CHECKED = 300
 SAMPLE = 6_000_000
 """Bytes of text that the slow peers get: a random choice of whole documents."""
 MEMORY = 256 << 20
-_WORD = re.compile(r"\w+")
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+_PLAIN = re.compile(r"\w+")
+_LONE = "\u2e80-\u2fff\u3005-\u3007\u3021-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U000323af"
+_SIGNS = "\x80-\xa9\xab-\xb4\xb6-\xb9\xbb-\xbf×÷\u2000-\u206f\u2190-\u2bff\u3000-\u3004\u3008-\u3020\uff00-\uff0f\uff1a-\uff20"
+_WORD = re.compile(rf"[{_LONE}]|(?:(?![{_LONE}{_SIGNS}])(?:[0-9A-Za-z_]|[^\x00-\x7f]))+")
+"""What ``data/signatures.py`` calls a word, once more; Python's own ``\\w`` cuts words of Indian scripts at their vowel signs."""
 
 
 def measure(inputs: Inputs) -> list[Row]:
@@ -104,7 +110,7 @@ def whole(texts: list[bytes]) -> Duplicates:
 
 def grams(text: bytes) -> set[tuple[str, ...]]:
     """Word 5-grams by Python alone."""
-    found = _WORD.findall(text.decode(errors="replace").lower())
+    found = _WORD.findall(text.decode(errors="replace").translate(_LOWER))
     return set(zip(*(found[place:] for place in range(NGRAM)))) or {tuple(found)}
 
 
@@ -143,7 +149,7 @@ def quality(documents: list[bytes], found: Duplicates, planted: list[tuple[int, 
 
 
 def shingled(text: bytes) -> list[str]:
-    found = _WORD.findall(text.decode(errors="replace").lower())
+    found = _PLAIN.findall(text.decode(errors="replace").lower())
     return [" ".join(found[place : place + NGRAM]) for place in range(max(1, len(found) - NGRAM + 1))]
 
 

@@ -1,13 +1,18 @@
 """What one optimizer step sees.
 
-Legend: B sequences, S tokens per sequence, N documents.
+Legend: B sequences, S tokens per sequence, N documents. torch is imported where there are tensors: plans of batches are told, and a build
+writes them into its report, in processes that have no 250 MB for it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORE = -100
 """Label of a position without a target: the last token of a document, and padding."""
@@ -35,13 +40,15 @@ class Batch:
     sequences: int
     tasks_B: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
+        from torch import Tensor
+
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
-    def micro_batches(self, size: int) -> Iterator["Batch"]:
+    def micro_batches(self, size: int) -> Iterator[Batch]:
         """Consecutive slices of at most ``size`` rows; ``loss_tokens`` and ``sequences`` stay those of the global batch."""
         rows, length = self.tokens_BS.shape
         for first in range(0, rows, size):

@@ -49,8 +49,8 @@ name = f"{folder}-{fault}"
 build(run_config(name, [source], data__memory_limit=limit, data__perplexity={"backend": "none"}))
 print(json.dumps([next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))]))
 """
-"""A build whose data the kernel limits to what ``data.memory_limit`` says, and the peak of its resident memory. With a fault, texts that are
-read are kept in a list."""
+"""A build whose data the kernel limits to what ``data.memory_limit`` says, and the peak of its resident memory. With a fault, texts that
+are read are kept in a list."""
 
 
 def write(path: Path, size: int) -> None:
