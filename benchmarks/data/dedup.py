@@ -6,13 +6,15 @@ is taken from sets of tuples of words, as is that of the removed documents that 
 
 import random
 import re
+import string
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import numpy as np
+from data.rows import Inputs, Row, in_turns, megabytes
 from datasketch import MinHash, MinHashLSH
 
 from refractor_core.config.data import DeduplicationConfig
@@ -21,8 +23,8 @@ from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
 from refractor_core.data.dedup.sketches import CHUNK_BYTES, Sketches, sketch
 from refractor_core.data.signatures import packed, signatures
 
-PERMUTATIONS, NGRAM, THRESHOLD = 128, 5, 0.8
-BARS = {"signatures: refractor": (100, 300), "whole: refractor": (60, 250)}
+PERMUTATIONS, NGRAM, THRESHOLD, RECALL = 128, 5, 0.8, 0.99
+BARS = {"signatures": (100, 300), "whole": (60, 250)}
 """Floor and aim, MB/s on one core."""
 TARGETS, PLANTED = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5), 250
 CHECKED = 300
@@ -30,34 +32,32 @@ CHECKED = 300
 SAMPLE = 6_000_000
 """Bytes of text that the slow peers get: a random choice of whole documents."""
 MEMORY = 256 << 20
-_WORD = re.compile(r"\w+")
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+_PLAIN = re.compile(r"\w+")
+_LONE = "\u2e80-\u2fff\u3005-\u3007\u3021-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U000323af"
+_SIGNS = "\x80-\xa9\xab-\xb4\xb6-\xb9\xbb-\xbf×÷\u2000-\u206f\u2190-\u2bff\u3000-\u3004\u3008-\u3020\uff00-\uff0f\uff1a-\uff20"
+_WORD = re.compile(rf"[{_LONE}]|(?:(?![{_LONE}{_SIGNS}])(?:[0-9A-Za-z_]|[^\x00-\x7f]))+")
+"""What ``data/signatures.py`` calls a word, once more; Python's own ``\\w`` cuts words of Indian scripts at their vowel signs."""
 
 
-def measure(documents: list[bytes], repeats: int) -> dict:
-    """The figures: everybody in turns, ours on everything, the others on a sample.
-
-    Args:
-        documents: UTF-8; the planted ones come on top.
-    """
-    planted = plant(documents)
-    documents = [*documents, *(text for _, text in planted)]
-    size, sample = sum(map(len, documents)), sample_of(documents)
-    ours(sample), whole(sample)  # compiles
-    runs: dict[str, Callable[[list[bytes]], object]] = {"signatures: refractor": ours, "whole: refractor": whole}
-    seconds: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        for name, run in (runs | peers()).items():
-            texts = documents if name in runs else sample
-            begin = time.process_time()
-            run(texts)
-            seconds.setdefault(name, []).append((time.process_time() - begin) / sum(map(len, texts)) * 1e6)
-    rates = {
-        name: {"mb_per_s": round(1 / median(own), 2), "lowest": round(1 / max(own), 2), "highest": round(1 / min(own), 2)}
-        | ({"floor": BARS[name][0], "aim": BARS[name][1]} if name in BARS else {})
-        for name, own in seconds.items()
-    }
-    told = {"bytes": size, "documents": len(documents), "sample_bytes": sum(map(len, sample)), "permutations": PERMUTATIONS}
-    return told | {"rates": rates} | quality(documents, whole(documents), planted)
+def measure(inputs: Inputs) -> list[Row]:
+    """Signatures, and everything: all in turns, ours on everything, the others on a sample. The planted documents come on top."""
+    planted = plant(inputs.documents)
+    documents = [*inputs.documents, *(text for _, text in planted)]
+    sample = sample_of(documents)
+    runs: dict[str, Callable[[list[bytes]], object]] = {"signatures: ours": ours, "whole: ours": whole}
+    ways = {name: (lambda run=run: run(documents), megabytes(documents)) for name, run in runs.items()}
+    ways |= {name: (lambda run=run: run(sample), megabytes(sample)) for name, run in peers().items()}
+    rates = in_turns(ways, inputs.repeats)
+    holds, told = quality(documents, whole(documents), planted)
+    told |= {"documents": len(documents), "MB": megabytes(documents), "peers' sample, MB": megabytes(sample)}
+    found = []
+    for kind, stage in (("signatures", f"text → {PERMUTATIONS}-permutation signatures"), ("whole", "deduplication, whole, verified")):
+        own = {name.partition(": ")[2]: figures for name, figures in rates.items() if name.startswith(kind)}
+        floor, aim = BARS[kind]
+        row = Row(stage, "MB/s", floor, aim, own.pop("ours"), own)
+        found.append(row if kind == "signatures" else replace(row, holds=holds, told=told))
+    return found
 
 
 def sample_of(documents: list[bytes]) -> list[bytes]:
@@ -110,7 +110,7 @@ def whole(texts: list[bytes]) -> Duplicates:
 
 def grams(text: bytes) -> set[tuple[str, ...]]:
     """Word 5-grams by Python alone."""
-    found = _WORD.findall(text.decode(errors="replace").lower())
+    found = _WORD.findall(text.decode(errors="replace").translate(_LOWER))
     return set(zip(*(found[place:] for place in range(NGRAM)))) or {tuple(found)}
 
 
@@ -119,7 +119,7 @@ def exact_jaccard(left: bytes, right: bytes) -> float:
     return len(one & other) / len(one | other)
 
 
-def quality(documents: list[bytes], found: Duplicates, planted: list[tuple[int, bytes]]) -> dict:
+def quality(documents: list[bytes], found: Duplicates, planted: list[tuple[int, bytes]]) -> tuple[dict[str, bool], dict[str, Any]]:
     """Recall of planted pairs by their true similarity, and of some removed documents whether a document of their cluster is as near."""
     parent = dict(zip(found.removed.tolist(), found.kept.tolist()))
 
@@ -133,7 +133,6 @@ def quality(documents: list[bytes], found: Duplicates, planted: list[tuple[int, 
         similarity = exact_jaccard(documents[original], text)
         band = f">={THRESHOLD}" if similarity >= THRESHOLD else f">={int(similarity * 10) / 10}"
         bands.setdefault(band, []).append(top(original) == top(place))
-    recall = {band: {"pairs": len(own), "found": sum(own)} for band, own in sorted(bands.items())[::-1]}
     clusters: dict[int, list[int]] = {}
     for number in range(len(documents)):
         clusters.setdefault(top(number), []).append(number)
@@ -142,11 +141,15 @@ def quality(documents: list[bytes], found: Duplicates, planted: list[tuple[int, 
         any(exact_jaccard(documents[number], documents[other]) >= THRESHOLD for other in clusters[top(number)] if other != number)
         for number in chosen
     )
-    return {"removed": len(found), "recall_of_planted": recall, "precision": {"checked": len(chosen), "right": right}}
+    near = bands.pop(f">={THRESHOLD}")
+    holds = {f"recall ≥ {RECALL}": sum(near) >= RECALL * len(near), "precision 1": right == len(chosen)}
+    told = {"planted pairs at J ≥ 0.8": len(near), "found": sum(near), "planted below 0.8": sum(map(len, bands.values()))}
+    told |= {"found below 0.8": sum(map(sum, bands.values())), "removed": len(found), "looked at": len(chosen), "right": right}
+    return holds, told
 
 
 def shingled(text: bytes) -> list[str]:
-    found = _WORD.findall(text.decode(errors="replace").lower())
+    found = _PLAIN.findall(text.decode(errors="replace").lower())
     return [" ".join(found[place : place + NGRAM]) for place in range(max(1, len(found) - NGRAM + 1))]
 
 
@@ -169,8 +172,8 @@ def datasketch_whole(texts: list[bytes]) -> None:
 def peers() -> dict[str, Callable[[list[bytes]], object]]:
     """Those that can be imported."""
     found: dict[str, Callable[[list[bytes]], object]] = {
-        "signatures: datasketch update_batch": datasketch_sketches,
-        "whole: datasketch, unverified": datasketch_whole,
+        "signatures: datasketch": datasketch_sketches,
+        "whole: datasketch": datasketch_whole,
     }
     try:
         import rensa
@@ -191,7 +194,7 @@ def peers() -> dict[str, Callable[[list[bytes]], object]]:
                 if not index.query(minhash):
                     index.insert(number, minhash)
 
-        found |= {"signatures: rensa RMinHash": rensa_sketches, "whole: rensa, unverified": rensa_whole}
+        found |= {"signatures: rensa": rensa_sketches, "whole: rensa": rensa_whole}
     try:
         from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
         from datatrove.utils.hashing import HashConfig
@@ -202,7 +205,7 @@ def peers() -> dict[str, Callable[[list[bytes]], object]]:
     except Exception as error:  # its optional parts fail in their own ways
         print(f"datatrove: cannot be used, left out ({error})")
     else:
-        found["signatures: datatrove 16 x 8"] = lambda texts: [
+        found["signatures: datatrove"] = lambda texts: [
             step.get_signature(step.get_shingles(text.decode(errors="replace"))) for text in texts
         ]
     return found

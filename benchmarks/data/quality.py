@@ -4,9 +4,9 @@ Languages are told by what ``quality.language`` says it looks at: four spans of 
 language and measure 15 of the signals; they split words with spaCy.
 """
 
-import time
 from collections.abc import Callable
-from statistics import median
+
+from data.rows import Inputs, Row, first, in_turns, megabytes
 
 from refractor_core.config import RunConfig
 from refractor_core.config.signals import SIGNALS
@@ -17,51 +17,39 @@ from refractor_core.data.quality.signals import measure as signals
 from refractor_core.data.screen import screen
 
 MOST, SAMPLE = 24_000_000, 1_000_000
-"""Bytes of text that ours gets, the first ones, whose letters are as they were written; and that datatrove gets."""
+"""Bytes of text that ours gets, the first ones, which are as they were written; and that datatrove gets."""
 LONG, SHORT = 4096, 512
-BAR = {"floor": 25, "aim": 100}
-"""MB/s on one core, of documents of at least ``LONG`` bytes."""
+BAR = 25, 100
+"""Floor and aim, MB/s on one core, of documents of at least ``LONG`` bytes."""
 
 
-def measure(documents: list[bytes], repeats: int) -> dict:
-    """The figures: everybody in turns.
-
-    Args:
-        documents: UTF-8, the original ones first.
-    """
-    long = [text for text in _first(documents, MOST) if len(text) >= LONG]
-    groups = {"long": long, "4 kB": _cut(long, LONG), "short": _cut(_first(long, MOST // 8), SHORT)}
-    config = _config()
-    model = _model(long)
+def measure(inputs: Inputs) -> list[Row]:
+    """Rows for long documents, documents of 4 kB, and short ones."""
+    long = [text for text in first(inputs.documents, MOST) if len(text) >= LONG]
+    config, model = _config(), _model(long)
     ways: dict[str, Callable[[list[bytes]], object]] = {
-        "refractor": lambda texts: screen([Document("s", "p", text.decode(), "l", "prose") for text in texts], config),
-        "refractor: language alone": lambda texts: [identify(text) for text in texts],
-        "refractor: signals alone": lambda texts: [signals(text) for text in texts],
-        "refractor: perplexity alone": lambda texts: [model.perplexity(split(text)) for text in texts],
-        **peers(),
+        "ours": lambda texts: screen([Document("s", "p", text.decode(), "l", "prose") for text in texts], config),
+        "language alone": lambda texts: [identify(text) for text in texts],
+        "signals alone": lambda texts: [signals(text) for text in texts],
+        "perplexity alone": lambda texts: [model.perplexity(split(text)) for text in texts],
     }
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for turn in range(repeats + 1):  # the first turn compiles and loads
-        for group, texts in groups.items():
-            for name, run in ways.items():
-                own = texts if name.startswith("refractor") else _first(texts, SAMPLE)
-                begin = time.process_time()
-                run(own)
-                if turn:
-                    seconds.setdefault((group, name), []).append((time.process_time() - begin) / sum(map(len, own)))
-    rates: dict[str, dict] = {}
-    for (group, name), own in seconds.items():
-        mean = sum(map(len, groups[group])) / len(groups[group])
-        figures = {
-            "mb_per_s": 1e-6 / median(own),
-            "lowest": 1e-6 / max(own),
-            "highest": 1e-6 / min(own),
-            "documents_per_s": 1 / median(own) / mean,
-        }
-        rates.setdefault(group, {})[name] = {key: round(value, 2) for key, value in figures.items()}
-    rates["long"]["refractor"] |= BAR
-    sizes = {group: {"documents": len(texts), "bytes": sum(map(len, texts))} for group, texts in groups.items()}
-    return {"groups": sizes, "spans": SPANS, "span_bytes": SPAN, "signals": len(SIGNALS), "rates": rates}
+    groups = {
+        "documents ≥ 4 kB": (long, "MB/s", *BAR),
+        "documents of 4 kB": (_cut(long, LONG), "MB/s", *BAR),
+        "documents of 512 bytes": (_cut(first(long, MOST // 8), SHORT), "documents/s", None, None),
+    }
+    found = []
+    for group, (texts, unit, floor, aim) in groups.items():
+        amount = megabytes if unit == "MB/s" else len
+        own = {name: (lambda run=run, texts=texts: run(texts), amount(texts)) for name, run in ways.items()}
+        sample = first(texts, SAMPLE)
+        theirs = {name: (lambda run=run, sample=sample: run(sample), amount(sample)) for name, run in peers().items()}
+        rates = in_turns(own | theirs, inputs.repeats)
+        told = {name: rates[name]["median"] for name in ways if name != "ours"} | {"mean bytes": sum(map(len, texts)) / len(texts)}
+        told |= {"signals": len(SIGNALS), "spans": f"{SPANS} × {SPAN} bytes"}
+        beside = {name: rates[name] for name in theirs}
+        found.append(Row(f"language + heuristics, {group}", unit, floor, aim, rates["ours"], beside, told=told))
+    return found
 
 
 def _config():
@@ -79,16 +67,6 @@ def _config():
     ).data
 
 
-def _first(documents: list[bytes], size: int) -> list[bytes]:
-    chosen: list[bytes] = []
-    for text in documents:
-        if size <= 0:
-            break
-        chosen.append(text)
-        size -= len(text)
-    return chosen
-
-
 def _cut(documents: list[bytes], size: int) -> list[bytes]:
     """Pieces of about so many bytes, cut at white space."""
     pieces = []
@@ -102,7 +80,7 @@ def _cut(documents: list[bytes], size: int) -> list[bytes]:
 
 def _model(documents: list[bytes]) -> Ngrams:
     model = Ngrams()
-    for text in _first(documents, 4_000_000):
+    for text in first(documents, 4_000_000):
         model.add(split(text))
     return model
 
@@ -127,4 +105,6 @@ def peers() -> dict[str, Callable[[list[bytes]], object]]:
     }
     wide |= {"max_bullet_lines_ratio": 9, "max_ellipsis_lines_ratio": 9, "max_non_alpha_words_ratio": 1e-9, "min_stop_words": 0}
     filters = GopherRepetitionFilter(**loose), GopherQualityFilter(**wide)
-    return {"datatrove": lambda texts: [each.filter(Theirs(text=text.decode(), id="")) for text in texts for each in filters]}
+    return {
+        "datatrove's Gopher filters": lambda texts: [each.filter(Theirs(text=text.decode(), id="")) for text in texts for each in filters]
+    }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from refractor_core.data.memory import release, resident
 from refractor_core.data.tokenizer import TextTokenizer, byte_characters
 
 Ids = tuple[np.ndarray, np.ndarray]
@@ -17,6 +18,9 @@ Backend = Callable[[Sequence[bytes]], Ids]
 FASTEST_FIRST = ("gigatoken", "tiktoken", "tokenizers")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What ``ByteLevel`` with ``use_regex`` splits words by."""
+
+REMEMBERED = 32 << 20
+"""Bytes by which this process may grow before gigatoken starts over, which costs time and changes no id."""
 
 
 class Unsuitable(Exception):
@@ -70,12 +74,17 @@ def _gigatoken(content: dict) -> Backend:
     import gigatoken
 
     plain = [token for token in content["added_tokens"] if not token["special"]]
-    bare = content | {"added_tokens": plain, "post_processor": None, "truncation": None, "padding": None}
-    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(bare))
+    bare = json.dumps(content | {"added_tokens": plain, "post_processor": None, "truncation": None, "padding": None})
+    tokenizer, held = gigatoken.Tokenizer.from_json(bare), resident()
 
     def encode(texts: Sequence[bytes]) -> Ids:
+        nonlocal tokenizer, held
         if not texts:
             return _joined([])
+        if resident() > held + REMEMBERED:  # it keeps every word that it ever met, and has no bound for that
+            tokenizer = None
+            release()
+            tokenizer, held = gigatoken.Tokenizer.from_json(bare), resident()
         # On this thread: the build's processes share the cores already.
         layout = tokenizer.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)

@@ -29,6 +29,15 @@ def _held(process: int) -> int:
         return own if process == os.getpid() and not os.path.isdir("/proc") else 0
 
 
+def resident() -> int:
+    """Bytes that this process has in memory, pages that it shares included; cheap. 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
 MAIN_BYTES = 400 << 20
 """Memory of the process that builds, beside documents: libraries and compiled kernels (130 MiB of them files), models of languages, what a
 stage holds at a time; measured."""

@@ -37,7 +37,7 @@ from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
 from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
-from refractor_core.data.tokenising import TokeniseTask, tokenise, training_sample, write_encoding
+from refractor_core.data.tokenising import TokeniseTask, forget, tokenise, training_sample, write_encoding
 from refractor_core.data.tokenizer import make_tokenizer
 from refractor_core.data.work import Work, finished, remove
 
@@ -284,6 +284,8 @@ class Pipeline:
             tasks.append(task)
         with stage_bar("tokenise", total, "B", self._memory) as advance:
             self._pool.map(tokenise, tasks, advance)
+        forget()
+        release()
 
     def _tokens(self, segment: int) -> Path:
         return self._work.piece(f"{self._stage}/tokens", f"{segment:06}")

@@ -1,7 +1,7 @@
 """Figures of a dataset that people look at: languages, licences, lengths, rules, duplicates. Read from its tables, some rows at a time."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from refractor_core.data.audit import CHANGES
 from refractor_core.data.columns import values
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
 
-ROWS = 1 << 14
+ROWS = 1 << 11
 SAMPLES = 5
 """Rows shown of each rule."""
 EXAMPLES = 3
@@ -23,6 +23,8 @@ BINS = 24
 """Bins of document lengths: bin b counts documents of 2^b to 2^(b+1) - 1 tokens."""
 ORDER = ("read", "filter", "mask", "known", "exact", "near", "paragraph", "remainder", "perplexity", "decontamination")
 """Stages in the order in which documents meet them; others come after."""
+KINDS = ("source", "domain", "language", "license")
+"""Columns by whose values documents are counted."""
 
 
 @dataclass
@@ -60,14 +62,14 @@ class Documents:
     def of(cls, dataset: Dataset) -> "Documents":
         """Reads ``documents.parquet``."""
         found = cls()
-        for batch in _batches(dataset, DOCUMENTS):
-            found._add({name: column for name, column in batch.items()})
+        for batch in _batches(dataset, DOCUMENTS, ("split", "tokens", "bytes", *KINDS, "perplexity_band")):
+            found._add(batch)
         return found
 
     def _add(self, batch: dict[str, Any]) -> None:
         training = np.array([split == "train" for split in batch["split"]])
         tokens, size = np.asarray(batch["tokens"])[training], np.asarray(batch["bytes"])[training]
-        for name in ("source", "domain", "language", "license"):
+        for name in KINDS:
             if name in batch:
                 self._weigh(self.by[name], _chosen(batch[name], training), tokens, size)
         bins = np.minimum(np.log2(np.maximum(tokens, 1)).astype(np.int64), BINS - 1)
@@ -166,9 +168,11 @@ def _chosen(column: list | np.ndarray, mask: np.ndarray) -> list:
     return [value for value, wanted in zip(column, mask) if wanted]
 
 
-def _batches(dataset: Dataset, name: str) -> Iterator[dict[str, Any]]:
+def _batches(dataset: Dataset, name: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a table, of all columns or of those of the named ones that it has."""
     with pyarrow.parquet.ParquetFile(dataset.path / name) as table:
-        for batch in table.iter_batches(ROWS, use_threads=False):
+        chosen = columns and [column for column in columns if column in table.schema_arrow.names]
+        for batch in table.iter_batches(ROWS, columns=chosen, use_threads=False):
             yield {
                 column: batch[column].to_pylist() if batch[column].null_count else values(batch[column]) for column in batch.schema.names
             }
@@ -182,7 +186,7 @@ def texts_of(dataset: Dataset, ids: set[str]) -> dict[str, tuple[str, str]]:
         for source, store in zip(dataset.manifest.sources, stores)
     }
     found = {}
-    for batch in _batches(dataset, DOCUMENTS):
+    for batch in _batches(dataset, DOCUMENTS, ("id", "path", "split", "source", "position")):
         for id, path, split, source, position in zip(*(batch[name] for name in ("id", "path", "split", "source", "position"))):
             if id in ids:
                 tokens = stores[split, source].document(int(position))[:WHOLE]

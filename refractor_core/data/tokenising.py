@@ -133,6 +133,11 @@ def _encoder(path: Path, sha256: str, eos_token: str, backend: str) -> Encoder:
     return Encoder(TextTokenizer.load(path, eos_token), backend)
 
 
+def forget() -> None:
+    """Lets the encoder go, 100 MB and more; the next segment makes it again."""
+    _encoder.cache_clear()
+
+
 class _Texts:
     """The texts of a segment, with what becomes known of each on the way.
 

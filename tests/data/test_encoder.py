@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from refractor_core.data import build, encoder
+from refractor_core.data import backends, build, encoder
 from refractor_core.data.backends import Ids, load_backend
 from refractor_core.data.encoder import Encoder
+from refractor_core.data.memory import release, resident
 from refractor_core.data.tokenizer import TextTokenizer
 from tests.data.corpora import run_config, words, write_corpus
 
@@ -195,3 +196,24 @@ def test_a_dataset_does_not_depend_on_the_backend(tmp_path) -> None:
         build(run_config(tmp_path / name, sources, data__tokenizer={"backend": name})) for name in ("gigatoken", "tiktoken", "tokenizers")
     ]
     assert len({dataset.sha256 for dataset in built}) == 1
+
+
+@pytest.mark.skipif(not resident(), reason="the system does not tell what is resident")
+def test_gigatoken_starts_over_when_it_remembers_too_much_and_its_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gigatoken
+
+    generator, load = np.random.default_rng(0), gigatoken.Tokenizer.from_json
+    texts = [" ".join(f"{number:x}" for number in generator.integers(1 << 20, 1 << 28, 30_000)).encode() for _ in range(30)]
+
+    def encoded(remembered: int) -> tuple[int, list[np.ndarray]]:
+        """How often it was loaded, and the ids."""
+        loads: list[str] = []
+        monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda content: loads.append(content) or load(content))
+        monkeypatch.setattr(backends, "REMEMBERED", remembered)
+        release()
+        encode = load_backend("gigatoken", BASE)
+        ids = [encode([text])[0] for text in texts]
+        return len(loads), ids
+
+    (once, ids), (often, same_ids) = encoded(1 << 40), encoded(1 << 20)
+    assert once == 1 and often > 2 and all(map(np.array_equal, ids, same_ids))

@@ -17,7 +17,7 @@ from refractor_core.data import Dataset, build, builder
 from refractor_core.data.parts import list_parts
 from refractor_core.data.pool import Pool
 from refractor_core.data.validate import validate
-from tests.data.corpora import run_config, words, write_corpus, write_jsonl
+from tests.data.corpora import PLAIN_RULES, run_config, words, write_corpus, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -60,26 +60,51 @@ class Killer(threading.Thread):
         self.join()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict[str, bytes]]:
-    """Sources, and the dataset that one process makes of them in one go."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    sources = write_corpus(folder / "corpus")
+FOOTER = "Subscribe to the newsletter of this site, share the page with your friends, and read the terms of use."
+EVERYTHING = {
+    "deduplication": {"paragraphs": {"min_documents": 3, "min_characters_left": 100}, "alarm_except": ["copies"], "keep_sketches": True},
+    "perplexity": {"min_documents": 20, "reference_bytes": 40_000, "keep": ["head", "middle"]},
+    "filters": {"rules": PLAIN_RULES, "mask": ["emails"]},
+}
+"""Stages that are not on by themselves, and bounds that a small corpus reaches."""
+
+
+def write_everything(folder: Path) -> tuple[list[dict], dict]:
+    """Sources that give every stage something to do, and the keys of ``data`` that turn all of them on."""
+    sources = write_corpus(folder)
     for number in range(3):
-        write_jsonl(folder / "corpus" / "more" / f"{number}.jsonl", [words(1000 * number + i, 120) for i in range(200)])
-    sources.append({"name": "more", "kind": "jsonl", "path": f"{folder}/corpus/more/*.jsonl"})
-    build(of(folder / "set", sources))
-    return sources, tree(folder / "set")
+        texts = [words(1000 * (number + 1) + i, 120) for i in range(200)]
+        texts[:9] = [f"{text}\n\n{FOOTER}" for text in texts[:9]]
+        texts[9] += " write to someone@example.org"
+        write_jsonl(folder / "more" / f"{number}.jsonl", texts)
+    near = [words(1020 + i, 120) + " changed" for i in range(20)]
+    exact = [words(2020 + i, 120).replace("\n", "  \n") for i in range(9)]
+    write_jsonl(folder / "copies.jsonl", [*near, *exact, *(words(5000 + i, 120) for i in range(12))])
+    write_jsonl(folder / "exam.jsonl", [words(1100 + i, 60) for i in range(2)])
+    more = {"name": "more", "kind": "jsonl", "path": f"{folder}/more/*.jsonl"}
+    copies = {"name": "copies", "kind": "jsonl", "path": f"{folder}/copies.jsonl"}
+    return [*sources, more, copies], EVERYTHING | {"decontamination": {"sets": [{"name": "exam", "path": f"{folder}/exam.jsonl"}]}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[..., RunConfig], dict[str, bytes]]:
+    """The configuration of a build, given a folder and changes, and the dataset that one process makes of it in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    sources, settings = write_everything(folder / "corpus")
+    dataset = build(of(folder / "set", sources, **settings))
+    stages = {row["stage"] for row in dataset.audit().to_pylist()}
+    assert stages == {"mask", "exact", "near", "paragraph", "perplexity", "decontamination"}, stages
+    return (lambda target, **changes: of(target, sources, **settings | changes)), tree(folder / "set")
 
 
 @pytest.mark.parametrize("stage", ["read", "tokenise"])
 def test_killed_workers_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[list[dict], dict[str, bytes]], stage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[Callable[..., RunConfig], dict[str, bytes]], stage: str
 ) -> None:
-    sources, expected = undisturbed
+    config, expected = undisturbed
     wanted = (lambda item: not item.endswith(".arrow")) if stage == "read" else (lambda item: item.endswith(".arrow"))
     with Killer(monkeypatch, wanted, 2) as killer:
-        build(of(tmp_path / "set", sources, workers=2, memory_limit="4GiB"))
+        build(config(tmp_path / "set", workers=2, memory_limit="4GiB"))
     assert killer.killed and tree(tmp_path / "set") == expected and os.listdir(tmp_path) == ["set"]
 
 
@@ -106,10 +131,9 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupts_at_any_moment_change_nothing(tmp_path: Path, undisturbed: tuple[list[dict], dict[str, bytes]]) -> None:
-    sources, expected = undisturbed
-    config = of(tmp_path / "set", sources)
-    delay, interrupted = 0.02, 0
+def test_interrupts_at_any_moment_change_nothing(tmp_path: Path, undisturbed: tuple[Callable[..., RunConfig], dict[str, bytes]]) -> None:
+    make, expected = undisturbed
+    config, delay, interrupted = make(tmp_path / "set"), 0.02, 0
     while True:
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
         try:

@@ -29,6 +29,30 @@ print(json.dumps(peaks))
 """
 
 
+SMALL_LIMIT = 402 * MIB
+LIMITED = """
+import functools, json, resource, sys
+from refractor_core.data import build, builder, memory, reading
+from refractor_core.data.parts import list_parts
+from tests.data.corpora import run_config
+
+limit, folder, fault = int(sys.argv[2]), f"{sys.argv[1]}/{sys.argv[3]}", len(sys.argv) > 4
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+builder.list_parts = functools.partial(list_parts, limit=2 << 20)
+builder.TRAINING_SAMPLE = 1 << 20
+memory.Memory.room = lambda self: memory.LEAST  # however much is free, steps are of one size
+kept, screen = [], reading.screen
+if fault:
+    reading.screen = lambda documents, config: kept.extend(document.encoded for document in documents) or screen(documents, config)
+source = {"name": "web", "kind": "jsonl", "path": f"{folder}/*.jsonl", "max_document_bytes": 32 << 10}
+name = f"{folder}-{fault}"
+build(run_config(name, [source], data__memory_limit=limit, data__perplexity={"backend": "none"}))
+print(json.dumps([next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))]))
+"""
+"""A build whose data the kernel limits to what ``data.memory_limit`` says, and the peak of its resident memory. With a fault, texts that
+are read are kept in a list."""
+
+
 def write(path: Path, size: int) -> None:
     """A file of ``size`` bytes of documents of 1 kB to 200 kB, made of pieces of text that come again and again."""
     generator = np.random.default_rng(0)
@@ -40,20 +64,40 @@ def write(path: Path, size: int) -> None:
             written += stream.write(json.dumps({"text": " ".join(pieces[i] for i in chosen)}) + "\n")
 
 
-def peaks(folder: Path, *names: str) -> list[int]:
-    """Peak memory of one process after each of the builds."""
+def write_distinct(folder: Path, size: int) -> None:
+    """Files of 2 MiB, ``size`` bytes together, of documents of up to 20 kB that share nothing but their words."""
+    vocabulary = words(0, 2000).split()
+    for number in range(size // (2 * MIB)):
+        generator, path, written = np.random.default_rng(number), folder / f"{number}.jsonl", 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as stream:
+            while written < 2 * MIB:
+                chosen = generator.integers(0, len(vocabulary), int(generator.integers(200, 4000)))
+                written += stream.write(json.dumps({"text": " ".join(vocabulary[i] for i in chosen)}) + "\n")
+
+
+def peaks(script: str, folder: Path, *names: str) -> list[int]:
+    """What the script prints of memory."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", BUILD, folder, *names], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script, folder, *names], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of data and peaks of resident memory are Linux's")
+def test_a_limit_of_the_kernel_is_enough_and_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    write_distinct(tmp_path / "small", 4 * MIB)
+    write_distinct(tmp_path / "large", 28 * MIB)
+    small, large, hoarded = (peaks(LIMITED, tmp_path, str(SMALL_LIMIT), *how)[0] for how in (["small"], ["large"], ["large", "fault"]))
+    assert max(small, large) < SMALL_LIMIT and large < small + 6 * MIB < hoarded, [readable(own) for own in (small, large, hoarded)]
 
 
 @pytest.mark.slow
 def test_a_corpus_larger_than_the_limit(tmp_path: Path) -> None:
     write(tmp_path / "small.jsonl", MIB)
-    peaks(tmp_path, "small")  # compiles what is compiled once on a machine
+    peaks(BUILD, tmp_path, "small")  # compiles what is compiled once on a machine
     write(tmp_path / "large.jsonl", 560 * MIB)
-    (found,) = peaks(tmp_path, "large")
+    (found,) = peaks(BUILD, tmp_path, "large")
     assert found < 512 * MIB, readable(found)
 
 

@@ -6,6 +6,7 @@ in proportion and hardly ever changes an answer. Models come with the libraries;
 declaration of human rights in 500 languages and on sentences in 75: see the decisions.
 """
 
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ WORD = 20
 MARGIN = 0.2
 """Where they disagree the first one stands if it is more confident by this much, and there are ``FEW`` characters or more."""
 FEW = 40
+_GAP = re.compile(rb"\s")
 NONE = "und"
 """ISO 639's code for a text in no language that could be told."""
 _LABELS = {"als": "gsw", "bh": "bih", "eml": "egl", "zxx": NONE}
@@ -45,9 +47,9 @@ def sampled(text: bytes) -> str:
     pieces = []
     for number in range(SPANS):
         begin = (2 * number + 1) * len(text) // (2 * SPANS) - SPAN // 2
-        span = text[begin : begin + 2 * SPAN]
-        gap = next((place + 1 for place in range(SPAN) if span[place : place + 1].isspace()), 0)
-        pieces.append(span[gap : gap + SPAN].decode(errors="ignore"))
+        gap = _GAP.search(text, begin, begin + SPAN)
+        begin = gap.end() if gap else begin
+        pieces.append(text[begin : begin + SPAN].decode(errors="ignore"))
     return " ".join(" ".join(pieces).split())
 
 

@@ -4,20 +4,14 @@ All read as many tokens of the same token stores, in random order. ``BatchPlan``
 targets across documents, and lists document boundaries. The others read windows of the concatenated documents from a ready-made table,
 and only tokens and labels: the Megatron-like loop joins the pieces of each document as GPTDataset does, the DataLoader (no workers)
 collates one pair of tensors per window.
-
-usage: python benchmarks/loader.py [--tokens 64000000] [--blocks 9]
 """
 
-import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
-from record import write_result
+from data.rows import Inputs, Row, in_turns
 
 from refractor_core.config import RunConfig
 from refractor_core.data import BatchPlan, Dataset
@@ -28,8 +22,12 @@ VOCABULARY = 32_000
 SHARES = {"web": 0.7, "code": 0.25, "books": 0.05}
 DOCUMENT = 800
 """Mean tokens of a document."""
-FLOOR = 50e6
-"""Tokens per second that BatchPlan must reach."""
+TOKENS, READ = 64_000_000, 8_000_000
+"""Size of the stores, and tokens that are read in one measurement."""
+SHAPES = ((512, 16), (512, 64), (2048, 16), (2048, 64))
+"""Tokens of a sequence, sequences of a batch."""
+FLOOR, AIM = 50, 300
+"""Million tokens per second."""
 
 
 def synthetic_dataset(folder: Path, tokens: int) -> Dataset:
@@ -123,54 +121,23 @@ def data_loader(windows: Windows, rows: int) -> None:
         pass
 
 
-def measure(loaders: dict[str, Callable[[], None]], tokens: int, blocks: int) -> dict[str, dict[str, float]]:
-    """Million tokens per second of processor time of each loader, in blocks that take turns.
-
-    Processor time, since other processes may share the core. The first round, which warms the file, is not counted.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in loaders}
-    for block in range(blocks + 1):
-        for name, load in loaders.items():
-            begin = time.process_time()
-            load()
-            if block:
-                seconds[name].append(time.process_time() - begin)
-    return {
-        name: {"median_mtokens_per_s": tokens / median(own) / 1e6, "lowest": tokens / max(own) / 1e6, "highest": tokens / min(own) / 1e6}
-        for name, own in seconds.items()
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64_000_000, help="size of the token stores")
-    parser.add_argument("--blocks", type=int, default=9, help="measurements of each loader")
-    args = parser.parse_args()
+def measure(inputs: Inputs) -> list[Row]:
+    """A row for each shape of batch."""
     torch.set_num_threads(1)
-    figures = []
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        dataset = synthetic_dataset(Path(folder) / "dataset", args.tokens)
-        for length, rows in ((512, 16), (512, 64), (2048, 16), (2048, 64)):
-            steps = 8_000_000 // (rows * length)
+        dataset = synthetic_dataset(Path(folder) / "dataset", TOKENS)
+        for length, rows in SHAPES:
+            steps = READ // (rows * length)
             plan = BatchPlan(dataset, run_config(length, rows, steps))
             table = window_table(dataset, plan, steps, length)
             joined, plain = Windows(dataset, table, length, True), Windows(dataset, table, length, False)
             loaders = {
-                "batch_plan": lambda plan=plan, steps=steps: batch_plan(plan, steps),
-                "megatron_like": lambda joined=joined, rows=rows: megatron_like(joined, rows),
-                "torch_data_loader": lambda plain=plain, rows=rows: data_loader(plain, rows),
+                "ours": lambda plan=plan, steps=steps: batch_plan(plan, steps),
+                "Megatron-like": lambda joined=joined, rows=rows: megatron_like(joined, rows),
+                "torch DataLoader": lambda plain=plain, rows=rows: data_loader(plain, rows),
             }
-            found = measure(loaders, steps * rows * length, args.blocks)
-            figures.append({"sequence_length": length, "global_batch_size": rows, "steps": steps, "loaders": found})
-            told = ", ".join(f"{name} {own['median_mtokens_per_s']:.1f}" for name, own in found.items())
-            print(f"S={length} rows={rows}: million tokens/s: {told}")
-    reached = all(row["loaders"]["batch_plan"]["median_mtokens_per_s"] * 1e6 >= FLOOR for row in figures)
-    print(
-        write_result(
-            "loader", {"threads": 1, "tokens": args.tokens, "floor_mtokens_per_s": FLOOR / 1e6, "reached": reached, "rows": figures}
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+            tokens = steps * rows * length / 1e6
+            rates = in_turns({name: (load, tokens) for name, load in loaders.items()}, inputs.repeats)
+            found.append(Row(f"loader, {rows} × {length}", "M tokens/s", FLOOR, AIM, rates.pop("ours"), rates))
+    return found
