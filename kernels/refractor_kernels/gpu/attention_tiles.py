@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import Shipped, Variant, both
 
 NOWHERE = tl.constexpr(2**30)
 
@@ -54,4 +54,4 @@ def shipped(table: str, kernel, outputs: tuple[str, ...]) -> Shipped:
     pointers = ("q_BSHD", "k_BKGD", "v_BKGE", "out_BSHE", "grad_BSHE", "grad_q_BSHD", "grad_k_BKGD", "grad_v_BKGE")
     bf16 = types | {name: "*bf16" for name in pointers if name in names}
     wide = bf16 | {name: "*fp32" for name in outputs}
-    return Shipped(table, kernel, (Variant("bf16", bf16, constants), Variant("bf16 to float32", wide, constants)), work="multiplies")
+    return Shipped(table, kernel, both(Variant("bf16", bf16, constants), Variant("bf16 to float32", wide, constants)), work="multiplies")
