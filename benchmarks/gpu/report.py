@@ -142,15 +142,20 @@ def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
         cases, contenders = (list(dict.fromkeys(row[key] for row in own)) for key in ("case", "contender"))
         if not own:
             continue
-        figure = Figure(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
+        figure = Figure(figsize=(3.5 + 1.4 * len(cases), 4), layout="constrained")
         axes = figure.add_subplot()
         for i, contender in enumerate(contenders):
-            heights = {row["case"]: value(row) for row in own if row["contender"] == contender}
-            places = [j + 0.8 * i / len(contenders) for j, case in enumerate(cases) if case in heights]
-            axes.bar(places, [heights[case] for case in cases if case in heights], 0.8 / len(contenders), label=contender)
-        axes.set_xticks([j + 0.4 for j in range(len(cases))], cases, rotation=20, fontsize=7)
-        axes.set_ylabel(label, fontsize=7)
-        axes.legend(fontsize=6)
+            for row in (row for row in own if row["contender"] == contender):
+                there = [other["contender"] for other in own if other["case"] == row["case"]]
+                place = cases.index(row["case"]) + 0.8 * (there.index(contender) - (len(there) - 1) / 2) / len(contenders)
+                axes.bar(place, value(row), 0.8 / len(contenders), color=f"C{i}", label=contender)
+        axes.set_xticks(range(len(cases)), cases, rotation=20, fontsize=7)
+        axes.set_title(label, fontsize=8)
+        figure.legend(
+            *zip(*{text: (bar, text) for bar, text in zip(*axes.get_legend_handles_labels())}.values()),
+            loc="outside right upper",
+            fontsize=7,
+        )
         made.append(folder / f"{stem}_{name}.svg")
         figure.savefig(made[-1], metadata={"Date": None})
     return made

@@ -10,6 +10,8 @@ from torch import Tensor
 from refractor_kernels.gpu.shipped import Shipped, Variant, both
 
 NOWHERE = tl.constexpr(2**30)
+FARTHEST = 2**31 // 256
+"""Elements between neighbouring rows, of which a tile has at most 256: offsets within a tile are 32-bit."""
 
 
 @triton.jit
@@ -38,8 +40,8 @@ def span(first_BS, last_BS, at, real, keys):
 
 
 def strided(*tensors: Tensor) -> list[Tensor]:
-    """Any strides will do, as long as the elements of a head are neighbours."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    """Any strides will do, as long as the elements of a head are neighbours and the rows of a tile within 2³¹ elements."""
+    return [t if t.stride(-1) == 1 and t.stride(1) < FARTHEST else t.contiguous() for t in tensors]
 
 
 def shipped(table: str, kernel, outputs: tuple[str, ...]) -> Shipped:
