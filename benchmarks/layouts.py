@@ -2,63 +2,102 @@
 
 The lattice is that of ``refractor verify layouts --lattice``, over the tests' small models: every layout runs with the richest model that
 can have it (grouped queries, packed documents, capacity, tied embeddings, every router objective), and a cover of all pairs of choices runs
-with the others. Results are kept as they come; started again, it goes on from there.
+with the others; in float64 the cover is asked the probes too. Results are kept as they come; started again, it goes on from there.
 
-usage: PYTHONPATH=.:kernels python benchmarks/layouts.py [--ranks 8] [--record results/layouts.jsonl]
+usage: PYTHONPATH=.:kernels python benchmarks/layouts.py [--ranks 8] [--dtype float64|float32|bf16] [--record results/layouts.jsonl]
+       PYTHONPATH=.:kernels python benchmarks/layouts.py --table          writes the runbook's table from the results again
 """
 
 import argparse
+import json
 import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
-from record import RESULTS, write_result
+from record import RESULTS, write_in_runbook, write_result
 
 from refractor_core.verify.layouts import verify_runs
 from refractor_core.verify.report import Row, render, row_of
 from refractor_core.verify.result import LayoutResult
 from tests.distributed.documents import write
-from tests.distributed.lattice import MODELS, every_layout
+from tests.distributed.lattice import MODELS, Case, covering, every_layout
+
+NAMES = {"float64": "layouts", "float32": "layouts-float32", "bf16": "layouts-bf16"}
+FAMILIES = {
+    "all": "all",
+    "`data_shard`": "data_shard=2",
+    "`data_replicate`": "data_replicate=2",
+    "`tensor`": "tensor=2 tensor=4",
+    "`tensor` with `sequence`": "sequence=true",
+    "`expert`": "expert=2 expert=4 expert=8",
+    "`expert_tensor`": "expert_tensor=2",
+    "`context`, ring": "context_exchange=ring",
+    "`context`, all-gather": "context_exchange=all_gather",
+    **{f"`pipeline`, `{kind}`": f"schedule={kind}" for kind in ("gpipe", "1f1b", "interleaved", "zb_h1", "zbv")},
+    "grouped queries, capacity, tied": "model=gqa-capacity-tied model=gqa-capacity-tied-deep",
+    "grouped queries, dropless": "model=gqa-dropless",
+    "one key-value head": "model=one-kv-head",
+    "latent attention, capacity": "model=mla-capacity",
+    "latent attention, dropless": "model=mla-direct-query",
+    "no experts, sliding window": "model=dense-window",
+}
+"""Row of the runbook's table → the families of the results that it is the worst of."""
 
 
 def main() -> int:
-    """Runs; writes ``results/layouts.json`` and ``results/layouts.html``; exit code 1 if a layout failed, 130 for Ctrl-C."""
+    """Runs; writes ``results/layouts.json``, ``results/layouts.html`` and the runbook's table; exit code 1 if a layout failed, 130 for
+    Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=8, help="largest world (default: 8)")
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32", "bf16"))
     parser.add_argument(
         "--record", type=Path, help="results as they come (default: beside the results, for this number of ranks and format)"
     )
+    parser.add_argument("--table", action="store_true", help="write the runbook's table again and run nothing")
     args = parser.parse_args()
+    if args.table:
+        write_in_runbook("layouts", _table())
+        return 0
     torch.set_num_threads(1)
-    name = "layouts" if args.dtype == "float64" else f"layouts-{args.dtype}"
+    name = NAMES[args.dtype]
     record = args.record or RESULTS / f"{name}-{args.ranks}.jsonl"
     cases = every_layout(args.ranks)
     log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        runs = [_run(Path(folder), model, [case.layout for case in cases if case.model == model]) for model in MODELS]
+        documents = {model: _document(Path(folder), model) for model in MODELS}
+        runs, probed = ([(documents[model], _of(model, some)) for model in MODELS] for some in (cases, covering(args.ranks)))
         try:
             found = verify_runs(runs, dtype=args.dtype, record=record, log=log, bar=True)
+            asked = verify_runs(probed, record=record, log=log, bar=True, probes=True) if args.dtype == "float64" else [[]] * len(MODELS)
         except KeyboardInterrupt:
             log(f"\nstopped; the same command goes on from {record}")
             return 130
-    rows = [row_of(result, model=model) for model, results in zip(MODELS, found) for result in results]
+    rows = []
+    for model, results, again in zip(MODELS, found, asked, strict=True):
+        answers = {result.layout: result for result in again}
+        rows += [row_of(answers.get(result.layout, result), model=model) for result in results]
     minutes = (time.monotonic() - began) / 60
     page = RESULTS / f"{name}.html"
     models = {f"model {model}": "\n".join(f"{key.replace('__', '.')}: {value}" for key, value in MODELS[model].items()) for model in MODELS}
     render(page, rows, f"{len(rows)} layouts", [("format", args.dtype)], shlex.join(["python", *sys.argv]), models)
-    print(write_result(name, {"minutes_of_this_start": round(minutes, 1), **_families(rows)}), page)
+    print(write_result(name, {"minutes_of_this_start": round(minutes, 1), "families": _families(rows)}), page)
+    write_in_runbook("layouts", _table())
     return 0 if all(row.result.passed for row in rows) else 1
 
 
-def _run(folder: Path, model: str, layouts: list[str]) -> tuple[str, list[str]]:
+def _document(folder: Path, model: str) -> str:
     (folder / model).mkdir()
     # Where the run would keep its files is no part of what is verified, and its record must be found again.
-    return write(folder / model, **MODELS[model], run__dir="run", data__dir="none"), layouts
+    return write(folder / model, **MODELS[model], run__dir="run", data__dir="none")
+
+
+def _of(model: str, cases: tuple[Case, ...]) -> list[str]:
+    return [case.layout for case in cases if case.model == model]
 
 
 def _families(rows: list[Row]) -> dict[str, dict]:
@@ -79,9 +118,39 @@ def _worst(results: list[LayoutResult]) -> dict[str, float | int | str]:
         "worst_gradient_error": worst.worst_gradient_error,
         "worst_parameter": worst.worst_parameter,
         "worst_layout": worst.layout,
+        "worst_share_of_tolerance": max(result.worst_gradient_error / result.gradient_tolerance for result in results),
         "worst_loss_error": max(result.loss_error for result in results),
+        "worst_probe_error": max(result.probe_error for result in results),
         "changed_routes": max(result.changed_routes for result in results),
+        "changed_routes_mean": mean(result.changed_routes for result in results),
     }
+
+
+def _table() -> str:
+    """Each family's worst errors in every format that there are results of."""
+    files = {dtype: RESULTS / f"{name}.json" for dtype, name in NAMES.items()}
+    found = {dtype: json.loads(file.read_text())["families"] for dtype, file in files.items() if file.exists()}
+    heads = ["layouts"]
+    for dtype in found:
+        heads += [f"{dtype}: gradient", "loss", "probes" if dtype == "float64" else "another expert: mean, most"]
+    lines = ["| family | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, keys in FAMILIES.items():
+        cells = [str(sum(found["float64"][key]["layouts"] for key in keys.split()))]
+        for dtype, families in found.items():
+            rows = [families[key] for key in keys.split() if key in families]
+            cells += _cells(dtype, rows) if rows else ["–"] * 3
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(dtype: str, rows: list[dict]) -> list[str]:
+    most = lambda name: max(row[name] for row in rows)  # noqa: E731
+    gradient, loss = f"{most('worst_gradient_error'):.1e}", f"{most('worst_loss_error'):.1e}"
+    if dtype == "float64":
+        return [gradient, loss, f"{most('worst_probe_error'):.1e}"]
+    usual = sum(row["changed_routes_mean"] * row["layouts"] for row in rows) / sum(row["layouts"] for row in rows)
+    bound = f"{most('worst_share_of_tolerance'):.0%} of the bound"
+    return [f"{gradient} ({bound})", loss, f"{usual:.2%}, {most('changed_routes'):.2%}"]
 
 
 if __name__ == "__main__":

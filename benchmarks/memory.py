@@ -23,7 +23,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from record import RESULTS, write_result
+from record import RESULTS, write_in_runbook, write_result
 
 from refractor_core.config import RunConfig
 from refractor_core.parallel.layout import Layout
@@ -33,7 +33,6 @@ from refractor_core.planner.memory import load_for_plan, plan_memory
 from refractor_core.planner.rehearsal import Assumptions
 
 CONFIG = "configs/runs/pilot.yaml"
-RUNBOOK = Path(__file__).parents[1] / "runbooks" / "parallelism.md"
 COMMON = ["curriculum.stages=[{until_step: 300, sequence_length: 512}]", "batch.global_batch_size=16", "batch.micro_batch_size=4"]
 DENSE = ["model.moe=null", "model.tie_embeddings=true"]
 LAYOUTS = {
@@ -43,7 +42,6 @@ LAYOUTS = {
     "experts, data_shard=2, full checkpointing": (2, ["parallel.data_shard=2", "batch.activation_checkpointing=full"]),
 }
 """Name → ranks and overrides."""
-BEGIN, END = "<!-- memory: written by benchmarks/memory.py -->", "<!-- memory: end -->"
 
 
 def main() -> int:
@@ -68,9 +66,7 @@ def main() -> int:
     tables = _tables(figures)
     print(tables)
     if args.device == "cpu":
-        text = RUNBOOK.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        RUNBOOK.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_in_runbook("memory", tables)
     goal = 0.05 if args.device == "cpu" else 0.10
     return 0 if all(abs(row["error"]) <= goal for row in figures.get("layouts", [])) else 1
 

@@ -1,8 +1,10 @@
-"""Where measured figures go: ``benchmarks/results/<name>.json``, each with the machine, the versions and the command that made it."""
+"""Where measured figures go: ``benchmarks/results/<name>.json``, each with the machine, the versions, the commit and the command."""
 
 import json
+import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +13,8 @@ from pathlib import Path
 from refractor_core.telemetry.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
+RUNBOOK = Path(__file__).parents[1] / "runbooks" / "parallelism.md"
+_MEASURED = (".", ":!benchmarks/results", ":!runbooks")
 
 
 def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch", "numpy"), folder: Path = RESULTS) -> Path:
@@ -23,7 +27,9 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
     told = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg(),
         "machine": {key: value for key, value in machine().items() if key != "host"},
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in packages}},
         **figures,
@@ -32,6 +38,25 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
     path = folder / f"{name}.json"
     path.write_text(json.dumps(told, indent=1) + "\n")
     return path
+
+
+def write_in_runbook(name: str, text: str) -> None:
+    """Puts a benchmark's tables in their place in ``runbooks/parallelism.md``."""
+    begin, end = f"<!-- {name}: written by benchmarks/{name}.py -->", f"<!-- {name}: end -->"
+    before, _, rest = RUNBOOK.read_text(encoding="utf-8").partition(begin)
+    assert end in rest, f"{RUNBOOK} has no place for {name}"
+    RUNBOOK.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def commit() -> str | None:
+    """The commit that is measured, marked where other files than figures have changed since; None outside of git."""
+    head, changed = (_git(*words) for words in (("rev-parse", "--short=12", "HEAD"), ("diff", "--stat", "HEAD", "--", *_MEASURED)))
+    return head and head + (", with changes" if changed else "")
+
+
+def _git(*words: str) -> str | None:
+    found = subprocess.run(["git", "-C", str(RUNBOOK.parents[1]), *words], capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

@@ -84,7 +84,7 @@ def _rank(rank: int, n: int, function: Callable, args: tuple, directory: str, ti
             faulthandler.cancel_dump_traceback_later()
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
-        raise
+        raise SystemExit(1) from None  # other errors torch would write to a file of its own that nobody clears up
 
 
 def _all_located(context: Any, directory: Path) -> bool:

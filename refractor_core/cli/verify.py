@@ -10,7 +10,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="layouts")
     layouts = verbs.add_parser("layouts", help="loss and every parameter's gradient under each layout, against one process")
-    layouts.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    layouts.add_argument("config", metavar="CONFIG", help="YAML file of a run, or of a model such as those in configs/models")
     layouts.add_argument("overrides", metavar="key.path=value", nargs="*", help="values that win over the file's")
     which = layouts.add_mutually_exclusive_group(required=True)
     which.add_argument("--layout", action="append", metavar="DEGREES", help="such as tensor=2,sequence=true,expert=2; may be given again")

@@ -102,7 +102,12 @@ def finished(piece: Path) -> Iterator[Path]:
     try:
         yield unfinished
         flush(unfinished)
-        os.rename(unfinished, piece)
+        try:
+            os.rename(unfinished, piece)
+        except OSError:
+            if not piece.is_dir():
+                raise
+            shutil.rmtree(unfinished)  # whoever had the task before died between finishing the piece and saying so
         flush_folder(piece.parent)
     except BaseException:
         with suppress(OSError):

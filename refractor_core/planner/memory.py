@@ -3,14 +3,13 @@
 Ranks of a pipeline stage hold pieces of the same sizes, so one of them stands for all.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from refractor_core.config import ConfigError, RunConfig, load_document, load_run
+from refractor_core.config import ConfigError, RunConfig
 from refractor_core.config.rules import RULES, batch_division, check
+from refractor_core.config.sketch import load_run_or_model
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import layout_fits
 from refractor_core.parallel.pipeline.cutting import stages_of_rank
@@ -19,7 +18,6 @@ from refractor_core.parallel.pipeline.validator import Memory, validate
 from refractor_core.planner.rehearsal import Assumptions, Device, Footprint, rehearse
 
 GIB = 1 << 30
-_SKETCH = Path(__file__).with_name("sketch.yaml")
 _RULES = tuple(rule for rule in RULES if rule is not batch_division)
 
 
@@ -103,7 +101,7 @@ class MemoryPlan:
 
 
 def load_for_plan(path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> tuple[RunConfig, int]:
-    """A run, or a bare model with the run of ``sketch.yaml`` around it; and the ranks it is planned for.
+    """A run, or a bare model with a sketch of a run around it; and the ranks it is planned for.
 
     Args:
         path: YAML file of a run, or of a model such as those in ``configs/models``.
@@ -113,14 +111,10 @@ def load_for_plan(path: str, overrides: Sequence[str] = (), world_size: int | No
     Raises:
         ConfigError: the config is none.
     """
-    if "model" in load_document(path).plain():
-        config = load_run(path, overrides, between_keys=_RULES)
-        return config, world_size or _smallest_world(config)
-    model = f"model={{extends: {json.dumps(str(Path(path).absolute()))}}}"
-    config = load_run(_SKETCH, [model, *overrides], between_keys=_RULES)
+    config, sketched = load_run_or_model(path, overrides, between_keys=_RULES)
     world_size = world_size or _smallest_world(config)
     asked = any(text.strip().startswith("batch.global_batch_size") for text in overrides)
-    return config if asked else _with_batch(config, world_size), world_size
+    return _with_batch(config, world_size) if sketched and not asked else config, world_size
 
 
 def plan_memory(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -57,9 +58,10 @@ def start_torchrun(arguments: Sequence[str], ranks: int, directory: RunDirectory
         withdraw(directory.requests, Request.PAUSE)  # what was left for a job that is gone
         write_status(directory.status, **{**read_status(directory.status), "state": "running", "world_size": ranks})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "refractor_core.cli.main", "train", *arguments]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
-    with handling(PAUSING, lambda number, frame: leave(directory.requests, Request.PAUSE)):
+    pausing = handling(PAUSING, lambda number, frame: leave(directory.requests, Request.PAUSE))
+    with tempfile.TemporaryDirectory(prefix="refractor-ranks-") as folder, pausing:  # torchrun does not clear up what it makes itself
+        command += [f"--log-dir={folder}", "-m", "refractor_core.cli.main", "train", *arguments]
         # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to pause instead of letting torchrun end them.
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
         process.wait()

@@ -1,8 +1,8 @@
 """``refractor verify layouts``: the user's model under each layout, against one process: loss and every parameter's gradient.
 
 The model, its losses and its micro batches are the config's and every router objective is on. The batch is the run's first; where there is
-no dataset yet, or the model is shrunk, tokens are random, in packed documents of random lengths. Ranks are processes of this machine and
-need no GPU.
+no dataset yet, or the model is shrunk, tokens are random, in packed documents of random lengths. Ranks are processes of this machine: on
+its GPUs where it has one for each, unless ``run.device`` is cpu, else on its processors.
 """
 
 import hashlib
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 
-from refractor_core.config import ConfigError, Problem, RunConfig, load_run
+from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.config.rules import check
+from refractor_core.config.sketch import load_run_or_model
 from refractor_core.data import Batch, BatchPlan, Dataset
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.legality import TRAINING
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.train.runtime import check_device
 from refractor_core.verify import lattice
 from refractor_core.verify.diagnosis import Tolerance, compare
 from refractor_core.verify.ledger import Ledger, key_of
@@ -30,6 +32,8 @@ from refractor_core.verify.result import LayoutResult
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Outcome, Prepare, Trial, initial_model, run_trial, synthetic_batch
 
+_SKETCH = ("batch.global_batch_size=64", "curriculum.stages=[{until_step: 1000, sequence_length: 256}]")
+"""Of a bare model's run: what every layout of up to 64 ranks can divide."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,7 +54,7 @@ def verify_layouts(
     """Runs every layout and compares.
 
     Args:
-        path: the run's YAML file.
+        path: YAML file of the run, or of a model alone.
         layouts: such as ``tensor=2,sequence=true,pipeline=4,schedule=zb_h1,stage_cuts=2/4/6``; what is not named is 1, and data
             parallelism fills the expert grid.
         overrides: ``key.path=value``.
@@ -130,19 +134,22 @@ class _Plan:
         prepare: Prepare | None,
         record: str | os.PathLike | None,
     ) -> "_Plan":
-        config = load_run(path, overrides)
+        config = loaded(path, overrides)
         found = _legal(config, layouts)
+        device = _device(config, max((layout.world_size for layout in found.values()), default=1))
         if shrink:
             config = shrunk(config, list(found.values()))
-        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype], probes=probes)
-        key = key_of(trial.config, dtype, batch=_digest(trial.batch), probes=probes, fault=getattr(prepare, "__name__", None))
+        trial = Trial(_with_objectives(config), _batch(config, synthetic=shrink), DTYPES[dtype], probes=probes, device=device)
+        fault = getattr(prepare, "__name__", None)
+        key = key_of(trial.config, dtype, batch=_digest(trial.batch), probes=probes, fault=fault, device=device)
         return cls(trial, found, Ledger(record, key, LayoutResult))
 
     def reference(self, log: Callable[[str], None]) -> tuple[Trial, Outcome, Tolerance]:
         """What ranks run, what one process makes of it, and how far they may be from it."""
         trial, alone = self.trial, run_trial(replace(self.trial, probes=False), Mesh.single())
         name = next(name for name, dtype in DTYPES.items() if dtype == trial.dtype)
-        log(f"one process: loss {alone.loss:.12g}, gradient norm {alone.norm:.12g}, {len(alone.pieces)} parameters, {name}")
+        told = f"one process: loss {alone.loss:.12g}, gradient norm {alone.norm:.12g}, {len(alone.pieces)} parameters, {name}"
+        log(f"{told}, on {'GPUs, NCCL' if trial.device == 'cuda' else 'processors, gloo'}")
         if trial.dtype == torch.float64:
             return trial, alone, Tolerance.exact()
         trial = replace(trial, routing=alone.routing)
@@ -177,6 +184,15 @@ def _run(
         began = now
 
 
+def loaded(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run, or that of a bare model.
+
+    Raises:
+        ConfigError: it is none; with every mistake.
+    """
+    return load_run_or_model(path, overrides, of_sketch=_SKETCH)[0]
+
+
 def lattice_of(path: str, ranks: int, overrides: Sequence[str] = (), *, cover: bool = False) -> list[str]:
     """Every layout that the run can have on 2 to ``ranks`` ranks, as ``verify_layouts`` takes them.
 
@@ -186,7 +202,7 @@ def lattice_of(path: str, ranks: int, overrides: Sequence[str] = (), *, cover: b
     Raises:
         ConfigError: the config, whatever its layout.
     """
-    found = lattice.legal_layouts(load_run(path, overrides), ranks)
+    found = lattice.legal_layouts(loaded(path, overrides), ranks)
     if cover:
         choices = [lattice.layout_choices(lattice.parse_layout(text)[0]) for text in found]
         found = [found[number] for number in sorted(lattice.cover(choices))]
@@ -209,6 +225,17 @@ def _legal(config: RunConfig, layouts: Sequence[str]) -> dict[str, Layout]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _device(config: RunConfig, ranks: int) -> str:
+    """What that many ranks run on.
+
+    Raises:
+        ConfigError: ``run.device`` is cuda, and there are fewer GPUs.
+    """
+    if config.run.device == "cuda":
+        check_device(config, ranks)
+    return "cuda" if config.run.device != "cpu" and torch.cuda.device_count() >= ranks else "cpu"
 
 
 def _with_objectives(config: RunConfig) -> RunConfig:

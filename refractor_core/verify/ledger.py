@@ -11,7 +11,7 @@ from refractor_core.config import RunConfig
 from refractor_core.config.loading import config_sha
 from refractor_core.telemetry.records import LineFile, read_events
 
-_ROOMS = ("parallel", "model", "objectives", "verify", "config")
+_ROOMS = ("parallel", "model", "objectives", "verify", "config", "train/passes.py")
 
 
 def key_of(config: RunConfig, dtype: str, **options: object) -> str:
@@ -55,7 +55,7 @@ def _sources() -> str:
     """SHA-256 over what decides a result."""
     digest = hashlib.sha256()
     root = Path(refractor_core.__file__).parent
-    folders = [*(root / room for room in _ROOMS), Path(refractor_kernels.__file__).parent]
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    places = [*(root / room for room in _ROOMS), Path(refractor_kernels.__file__).parent]
+    for path in sorted(path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])):
         digest.update(path.read_bytes())
     return digest.hexdigest()

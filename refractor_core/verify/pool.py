@@ -1,4 +1,5 @@
-"""Ranks of this machine that run trials one after another: gloo processes started by forkserver, which live as long as the list is.
+"""Ranks of this machine that run trials one after another: processes started by forkserver, which live as long as the list is. They talk
+through gloo, or NCCL where the trials are to run on GPUs.
 
 A rank starts once, and process groups stay until a layout of another world size comes, so a lattice pays for its processes and their
 connections only once: give layouts in the order of their worlds. An error or a hang costs the layout at which it happened; the others go
@@ -109,6 +110,10 @@ def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, p
     threading.Thread(target=_end_with_parent, daemon=True).start()
     faulthandler.enable()
     torch.set_num_threads(1)
+    backend = "gloo"
+    if any(trial.device == "cuda" for trial in trials):
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # a rank that another run's trials alone need has no GPU to use
+        backend = "cpu:gloo,cuda:nccl"
     groups: Groups = {}
     for number in range(first, len(jobs)):
         layout = jobs[number].layout
@@ -116,7 +121,7 @@ def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, p
         try:
             if number == first or layout.world_size != jobs[number - 1].layout.world_size:
                 groups.clear()
-                _join(layout.world_size, rank, f"file://{folder}/{number}.{first}.meeting-point")
+                _join(layout.world_size, rank, f"file://{folder}/{number}.{first}.meeting-point", backend)
             if rank >= layout.world_size:
                 continue
             outcome = run_trial(trials[jobs[number].trial], Mesh.create(layout, rank, groups), prepare)
@@ -137,11 +142,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _join(world: int, rank: int, meeting: str) -> None:
+def _join(world: int, rank: int, meeting: str, backend: str) -> None:
     """Leaves one world and, if this rank is in it, joins the next."""
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
     if rank < world:
         waits = timedelta(hours=1)  # for the slowest rank; the parent watches the clock
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=waits)
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=waits)

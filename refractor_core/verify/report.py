@@ -10,12 +10,13 @@ from pathlib import Path
 import jinja2
 
 from refractor_core import __version__
-from refractor_core.config.loading import dump, load_run
+from refractor_core.config.loading import dump
 from refractor_core.telemetry.machine import machine
 from refractor_core.telemetry.progress import clock_time
 from refractor_core.telemetry.records import replace_atomically
 from refractor_core.verify import lattice
 from refractor_core.verify.lattice import parse_layout
+from refractor_core.verify.layouts import loaded
 from refractor_core.verify.result import LayoutResult
 
 _SHORT = {
@@ -67,7 +68,7 @@ def write_report(
     Raises:
         OSError: it cannot be written; an older one is then untouched.
     """
-    run = load_run(config, overrides)
+    run = loaded(config, overrides)
     facts = [("run", run.run.name), ("format", dtype), ("size", "shrunk" if shrink else "as configured")]
     return render(path, [row_of(result) for result in results], run.run.name, facts, command, {"the resolved run": dump(run)})
 

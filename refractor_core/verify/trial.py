@@ -38,6 +38,7 @@ class Trial:
         rounded: weights have values of this format; None: of ``dtype``.
         routing: layer → experts [B, S, K] that the routers are to choose, where rounding must not sway them; None: they choose freely.
         probes: asks ``verify.probes`` too.
+        device: ``cpu``, or ``cuda``, where each rank has the GPU of its number.
     """
 
     config: RunConfig
@@ -46,6 +47,11 @@ class Trial:
     routing: dict[int, Tensor] | None = None
     rounded: torch.dtype | None = None
     probes: bool = False
+    device: str = "cpu"
+
+    def place(self, rank: int) -> torch.device:
+        """What a rank runs on."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, rank)
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,9 @@ def run_trial(trial: Trial, mesh: Mesh, prepare: Prepare | None = None) -> Outco
     norm = gradient_norm(buffers.finish(), mesh).item()
     buffers.gather_gradients()
     names = {p: name for name, p in model.named_parameters()}
-    pieces = {name: Piece(p.main_grad.clone(), ranges_of(p)) for p, name in names.items()}
+    pieces = {name: Piece(p.main_grad.to("cpu", copy=True), ranges_of(p)) for p, name in names.items()}
     stages = {stage.index: tuple(names[p] for p in model.stage_parameters(stage)) for stage in model.stages}
-    routing = {follower.layer: follower.chosen() for follower in followers}
+    routing = {follower.layer: follower.chosen().cpu() for follower in followers}
     changed = sum(f.changed for f in followers) / max(1, sum(f.pairs for f in followers))
     parts = [result.losses[name].item() for name in ("language_model", "routers")]
     squares = dict(activations.squares)  # before probes run the model again
@@ -132,7 +138,8 @@ def initial_model(trial: Trial, mesh: Mesh) -> Decoder:
     """This rank's part of the model before the step."""
     config = trial.config
     recompute = config.batch.activation_checkpointing
-    model = Decoder(config.model, mesh=mesh, kernels=config.kernels, activation_checkpointing=recompute, dtype=trial.dtype)
+    common = {"kernels": config.kernels, "activation_checkpointing": recompute, "dtype": trial.dtype, "device": trial.place(mesh.rank)}
+    model = Decoder(config.model, mesh=mesh, **common)
     initialise(model, config.run.seed)
     if trial.rounded is not None:
         with torch.no_grad():
@@ -162,7 +169,7 @@ class _Follower:
     def _choose(self, logits_TE: Tensor, bias_E: Tensor | None, sequences: int) -> Routed:
         routed = self._free(logits_TE, bias_E, sequences=sequences)
         if self._given is not None:
-            given_TK = self._given[self.first : self.first + sequences].flatten(0, 1)
+            given_TK = self._given[self.first : self.first + sequences].flatten(0, 1).to(logits_TE.device)
             self.pairs += given_TK.numel()
             self.changed += int((~(routed.indices_TK.unsqueeze(2) == given_TK.unsqueeze(1)).any(2)).sum())
             routed = self._free(logits_TE, bias_E, sequences=sequences, given_TK=given_TK)

@@ -42,6 +42,7 @@ def train(cluster, tmp_path):
     """``train(config, *overrides)``: ``sbatch launch/multinode.sh`` on both nodes, one rank each."""
 
     def submit(config, *overrides) -> Job:
-        return cluster.submit(tmp_path, "launch/multinode.sh", str(config), *overrides, directory=ROOT, **SETTLED_BY_US)
+        settled = {"TMPDIR": str(tmp_path), **SETTLED_BY_US}
+        return cluster.submit(tmp_path, "launch/multinode.sh", str(config), *overrides, directory=ROOT, **settled)
 
     return submit

@@ -29,7 +29,7 @@ def test_preempted_run_goes_on_and_completes(train, run_file, tmp_path):
     wait_for(lambda: job.figures()["Restarts"] == "1", 60, lambda: f"{job.figures()}\n{job.log()}")
     at_pause = len(_steps(tmp_path))
     assert at_pause < 200 and _status(tmp_path)["state"] == "paused"
-    assert "srun returned 0, exit code 75" in job.log(), "torchrun must outlive the signal, or Slurm ends the ranks while they save"
+    assert "srun returned 0, exit code 75" in job.log(), f"torchrun must outlive the signal, or Slurm ends the ranks:\n{job.log()}"
     end = job.ended(150)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), job.log()
     assert _steps(tmp_path) == list(range(1, 201)), "every step once"

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,10 +85,10 @@ def test_killed_workers_change_nothing(
 
 def test_a_file_that_kills_whoever_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "in" / "good.jsonl", [words(i, 100) for i in range(20)])
-    write_jsonl(tmp_path / "in" / "poison.jsonl", [words(i, 3000) for i in range(300)])
-    source = {"name": "web", "kind": "jsonl", "path": f"{tmp_path}/in/*.jsonl"}
-    poison = f"{tmp_path}/in/poison.jsonl"
-    with Killer(monkeypatch, lambda item: item == poison, 99), pytest.raises(ValueError, match=r"poison.jsonl: 3 processes died over it"):
+    (tmp_path / "in" / "poison.jsonl.gz").write_bytes(gzip.compress(b"\n" * 1_000_000) * 60)  # long enough to be killed over
+    source = {"name": "web", "kind": "jsonl", "path": f"{tmp_path}/in/*.jsonl*"}
+    poison = f"{tmp_path}/in/poison.jsonl.gz"
+    with Killer(monkeypatch, lambda item: item == poison, 99), pytest.raises(ValueError, match=r"poison.jsonl.gz: 3 processes died"):
         build(of(tmp_path / "set", [source], workers=2, memory_limit="4GiB", on_error="stop"))
     with Killer(monkeypatch, lambda item: item == poison, 99):
         dataset = build(of(tmp_path / "set", [source], workers=2, memory_limit="4GiB"))
@@ -97,6 +97,15 @@ def test_a_file_that_kills_whoever_reads_it(tmp_path: Path, monkeypatch: pytest.
     assert len(dataset.documents()) == 20
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupts_at_any_moment_change_nothing(tmp_path: Path, undisturbed: tuple[list[dict], dict[str, bytes]]) -> None:
     sources, expected = undisturbed
     config = of(tmp_path / "set", sources)

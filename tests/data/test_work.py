@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from refractor_core.data.work import discard, finished, open_work
+from refractor_core.data.work import discard, discard_leftover, finished, open_work
 
 
 def test_a_piece_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -22,6 +22,33 @@ def test_a_piece_appears_when_it_is_whole(tmp_path: Path) -> None:
     with open_work(tmp_path / "set", "key") as work:
         assert os.listdir(work.folder / "read") == ["3"]
         discard(work)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_piece_that_is_made_twice_counts_once(tmp_path: Path) -> None:
+    """The worker that finished it was killed before it said so."""
+    with open_work(tmp_path / "set", "key") as work:
+        for text in ("first", "second"):
+            with finished(work.piece("read", "3")) as folder:
+                (folder / "a").write_text(text)
+        assert (work.piece("read", "3") / "a").read_text() == "first" and os.listdir(work.folder / "read") == ["3"]
+
+
+def test_what_an_interrupt_at_the_end_left_goes(tmp_path: Path) -> None:
+    def leave(key: str) -> None:
+        with open_work(tmp_path / "set", key):
+            pass
+
+    leave("key")
+    discard_leftover(tmp_path / "set", "another")
+    with open_work(tmp_path / "set", "key"):
+        discard_leftover(tmp_path / "set", "key")
+        assert os.listdir(tmp_path) == [".set.work"]
+    discard_leftover(tmp_path / "set", "key")
+    assert os.listdir(tmp_path) == []
+    leave("key")
+    (tmp_path / ".set.work" / "key").unlink()
+    discard_leftover(tmp_path / "set", "key")
     assert os.listdir(tmp_path) == []
 
 

@@ -28,7 +28,8 @@ def dev(prepared, tmp_path):
     def start(*overrides: str) -> subprocess.Popen:
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(tiny.document(prepared, run__dir="run", run__steps=150)))
-        variables = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        variables = os.environ | {"PYTHON": sys.executable, "NPROC": "2", "TMPDIR": str(tmp_path / "scratch")}
         command = ["bash", str(ROOT / "launch/dev.sh"), "run.yaml", *overrides]
         return subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True)
 
@@ -53,6 +54,7 @@ def test_pauses_with_75_and_goes_on_to_0(dev, tmp_path):
     told = second.communicate(timeout=120)[1]
     assert second.returncode == 0, told
     assert _rows(tmp_path) == list(range(1, 151))
+    assert not any((tmp_path / "scratch").iterdir())  # nothing is left behind
 
 
 @pytest.mark.parametrize("override", ["optimizer.learning_rat=1", "batch.global_batch_size=3"])

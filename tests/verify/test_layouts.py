@@ -216,6 +216,11 @@ def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, ca
         assert re.search(line, told), line
 
 
+def test_a_bare_model_is_verified_too():
+    (result,) = verify_layouts("configs/models/qwen3-30b-a3b.yaml", ["tensor=2,expert=2"], shrink=True)
+    assert result.passed, result.culprit
+
+
 def test_experts_of_a_model_that_has_none_are_refused(layouts_config):
     with pytest.raises(ConfigError, match=r"expert = 2: does not divide a model without experts; the nearest degree that does is 1"):
         verify_layouts(layouts_config(model__moe=None), ["expert=2"])

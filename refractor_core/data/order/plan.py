@@ -1,7 +1,7 @@
 """The packs of one source at one sequence length, on disk: written block by block in bounded memory, read through memory maps.
 
 A block is some thousand packs of neighbouring documents. Its packs are numbered: first the full windows of its long documents, then the
-packs of rests and short documents. ``blocks.npy`` has a record per block. The rest is uint32, so a document takes 12 bytes at most:
+packs of rests and short documents. ``blocks.bin`` has a record per block. The rest is uint32, so a document takes 12 bytes at most:
 ``windows.bin``, for each document of a block with full windows, how many there are up to it, itself included; ``pieces.bin``, the
 documents whose rests a block's packs hold, counted from the block's first; ``ends.bin``, where in those each pack ends.
 """
@@ -61,7 +61,7 @@ def write_plan(folder: Path, store: TokenStore, selection: Selection, length: in
             ends.tofile(ends_file)
         else:
             complete = True
-    np.save(folder / "blocks.npy", records)
+    records.tofile(folder / "blocks.bin")
     (folder / "plan.json").write_text(json.dumps({"complete": complete}))
 
 
@@ -98,7 +98,7 @@ class PackPlan:
 
     def __init__(self, folder: Path, store: TokenStore, selection: Selection, length: int):
         self._store, self._leftovers, self._length = store, selection.leftovers, length
-        self.blocks = np.load(folder / "blocks.npy")
+        self.blocks = np.fromfile(folder / "blocks.bin", BLOCK)
         self._maps = [Mapped(folder / f"{name}.bin") for name in FILES]
         self._windows, self._pieces, self._ends = (mapped.array("<u4") for mapped in self._maps)
         self.complete: bool = json.loads((folder / "plan.json").read_text())["complete"]

@@ -82,7 +82,7 @@ def test_of_several_at_a_time_one_makes_it(dataset: Dataset, monkeypatch: pytest
 
 def test_a_plan_that_a_killed_process_left_half_done_does_not_count(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(folder: Path, *arguments: object) -> None:
-        (folder / "blocks.npy").write_bytes(b"half")
+        (folder / "blocks.bin").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:

@@ -24,7 +24,8 @@ class Before:
         return self.tensor.dtype
 
     def data_ptr(self) -> int:
-        return self.tensor.data_ptr() - self.elements * self.tensor.element_size()
+        # Where the heap lies low, that is below 0; addresses are uint64, and adding the offset brings it back.
+        return (self.tensor.data_ptr() - self.elements * self.tensor.element_size()) % 2**64
 
 
 @contextmanager
