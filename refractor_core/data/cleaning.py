@@ -26,7 +26,7 @@ from refractor_core.data.corpus import Changes, Corpus, Segment
 from refractor_core.data.memory import Memory
 from refractor_core.data.pool import Engine, Watch
 from refractor_core.data.progress import stage_bar
-from refractor_core.data.work import finished
+from refractor_core.data.work import finished, seen
 
 AUDIT = "audit.parquet"
 REMOVED = "removed.npy"
@@ -66,6 +66,7 @@ class Cleaning:
         tasks = [(work, self.segment(number), self.config, piece) for number, piece in enumerate(pieces) if not piece.exists()]
         with stage_bar(name, sum(segment.size() for _, segment, _, _ in tasks), "B", self.memory) as advance:
             self.pool.map(_piece, tasks, advance)
+        seen(pieces)
         return pieces
 
     def segment(self, number: int) -> Segment:

@@ -7,8 +7,10 @@ each other, so that a *share* of them can be done by itself.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +41,7 @@ from refractor_core.data.stages import STAGES
 from refractor_core.data.store import token_dtype
 from refractor_core.data.tokenising import TokeniseTask, forget, tokenise, training_sample, write_encoding
 from refractor_core.data.tokenizer import make_tokenizer
-from refractor_core.data.work import Work, finished, remove
+from refractor_core.data.work import Work, finished, remove, seen
 
 TRAINING_SAMPLE = 8_000_000
 """Bytes of text that the tokenizer is trained on: the documents that come first in the stores' order, over all sources."""
@@ -164,6 +166,7 @@ class Pipeline:
         tasks = [_ReadTask(part, piece, self._config) for part in own if not self._is_read(piece := self._read_piece(part))]
         with stage_bar("read", sum(task.part.bytes for task in tasks), "B", self._memory) as advance:
             self._pool.map(_read, tasks, advance, _poisoned)
+        seen([task.piece for task in tasks])
         language.forget()
         release()
 
@@ -196,6 +199,8 @@ class Pipeline:
         Raises:
             ValueError: something is not read.
         """
+        with suppress(OSError):
+            os.listdir(self._work.folder / "read")  # a network file system asks its server anew
         missing = [part for part in self._parts if not self._is_read(self._read_piece(part))]
         if missing:
             some = f"{len(missing)} of {len(self._parts)} parts are not read, the first with {missing[0].files[0].label}"
@@ -286,6 +291,7 @@ class Pipeline:
             self._pool.map(tokenise, tasks, advance)
         forget()
         release()
+        seen([task.piece for task in tasks])
 
     def _tokens(self, segment: int) -> Path:
         return self._work.piece(f"{self._stage}/tokens", f"{segment:06}")

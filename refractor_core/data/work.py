@@ -16,11 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 
 from refractor_core.data.folder import flush, flush_folder
 
 KEY, GATE, LOCK = "key", "gate", "lock"
 UNFINISHED = "unfinished-"
+SEEN_SECONDS = 90
+"""Longer than network file systems remember that something was not there."""
 LAYOUT = 2
 """Raised with every change of what pieces hold: part of the key."""
 
@@ -133,6 +136,23 @@ def discard_leftover(target: Path, key: str) -> None:
         return
     with suppress(ValueError), open_work(target, key) as work:
         discard(work)
+
+
+def seen(pieces: Sequence[Path]) -> None:
+    """Waits until this machine sees pieces that others have finished: a network file system is told late, and a piece that is overlooked
+    would be documents lost.
+
+    Raises:
+        OSError: they do not appear.
+    """
+    end = monotonic() + SEEN_SECONDS
+    while missing := [piece for piece in pieces if not piece.exists()]:
+        if monotonic() > end:
+            raise OSError(f"{missing[0]} was finished and is not there: does every worker see the same file system?")
+        for folder in {piece.parent for piece in missing}:
+            with suppress(OSError):
+                os.listdir(folder)  # asks the server anew
+        sleep(0.2)
 
 
 @contextmanager

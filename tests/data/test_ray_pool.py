@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,26 +45,27 @@ def pool() -> Iterator[RayPool]:
     """One Ray for all tests here: it takes seconds to start."""
     if importlib.util.find_spec("ray") is None:
         missing("Ray is not installed; get it with: pip install -e '.[ray]'")
+    before = set(_family(os.getpid()))
     with ray_pool(run_config("x", data__engine="ray", data__workers=2, data__memory_limit="8GiB").data) as running:
-        family, folder = running.processes(), running._folder
         yield running
-    _all_end(family[1:])
+        started, folder = set(running.processes()) - before, running._folder
+        assert len(started) > 4 and folder.exists()
+    _all_end(started)
     assert not folder.exists()
 
 
-def _all_end(processes: list[int]) -> None:
+def _all_end(processes: Collection[int]) -> None:
     deadline = time.monotonic() + 20
-    while left := [process for process in processes if _runs_ray(process)]:
+    while left := [process for process in processes if _runs(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
-def _runs_ray(process: int) -> bool:
+def _runs(process: int) -> bool:
     try:
-        command = Path(f"/proc/{process}/cmdline").read_bytes()
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-    return b"ray" in command and b"pytest" not in command
 
 
 @pytest.fixture

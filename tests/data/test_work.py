@@ -1,11 +1,12 @@
 """A piece is there whole or not at all, and only for the key that it was made under."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from refractor_core.data.work import discard, discard_leftover, finished, open_work
+from refractor_core.data.work import discard, discard_leftover, finished, open_work, seen
 
 
 def test_a_piece_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -109,3 +110,13 @@ def test_without_locks_one_may_build_and_nobody_share(tmp_path: Path, monkeypatc
             pass
     with open_work(tmp_path / "set", "key") as work, finished(work.piece("read", "1")):
         pass
+
+
+def test_a_piece_that_appears_late_is_waited_for_and_one_that_never_does_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = threading.Timer(0.3, (tmp_path / "late").mkdir)
+    timer.start()
+    seen([tmp_path / "late"])
+    timer.join()
+    monkeypatch.setattr("refractor_core.data.work.SEEN_SECONDS", 0.1)
+    with pytest.raises(OSError, match="never was finished and is not there: does every worker see the same file system"):
+        seen([tmp_path / "late", tmp_path / "never"])
