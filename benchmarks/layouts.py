@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from record import RESULTS, write_in_runbook, write_result
+from record import RESULTS, commit, write_in_runbook, write_result
 
 from refractor_core.verify.layouts import verify_runs
 from refractor_core.verify.report import Row, render, row_of
@@ -80,11 +80,12 @@ def main() -> int:
     rows = []
     for model, results, again in zip(MODELS, found, asked, strict=True):
         answers = {result.layout: result for result in again}
-        rows += [row_of(answers.get(result.layout, result), model=model) for result in results]
+        rows += [row_of(answers.get(result.layout, result), result.layout in answers, model=model) for result in results]
     minutes = (time.monotonic() - began) / 60
     page = RESULTS / f"{name}.html"
     models = {f"model {model}": "\n".join(f"{key.replace('__', '.')}: {value}" for key, value in MODELS[model].items()) for model in MODELS}
-    render(page, rows, f"{len(rows)} layouts", [("format", args.dtype)], shlex.join(["python", *sys.argv]), models)
+    facts = [("format", args.dtype), ("commit", str(commit()))]
+    render(page, rows, f"{len(rows)} layouts", facts, shlex.join(["python", *sys.argv]), models)
     print(write_result(name, {"minutes_of_this_start": round(minutes, 1), "families": _families(rows)}), page)
     write_in_runbook("layouts", _table())
     return 0 if all(row.result.passed for row in rows) else 1
@@ -93,7 +94,7 @@ def main() -> int:
 def _document(folder: Path, model: str) -> str:
     (folder / model).mkdir()
     # Where the run would keep its files is no part of what is verified, and its record must be found again.
-    return write(folder / model, **MODELS[model], run__dir="run", data__dir="none")
+    return write(folder / model, **MODELS[model], run__dir="run", run__device="auto", data__dir="none")
 
 
 def _of(model: str, cases: tuple[Case, ...]) -> list[str]:

@@ -149,7 +149,8 @@ def refuse_misfit(checkpoint: Checkpoint, config: RunConfig) -> None:
     wanted = [(family + name, shape, dtype) for family in families for name, shape in parameters.items()]
     mistakes += checkpoint.misfits([*wanted, ("ema.updates", (), None)], (*families,))
     if mistakes:
-        raise ValueError(f"{checkpoint.path} does not fit this run: {'; '.join(mistakes)}")
+        mend = "restore what it was trained with, or train into another run.dir"
+        raise ValueError(f"{checkpoint.path} does not fit this run: {'; '.join(mistakes)}; {mend}")
 
 
 def make_engine(model: Decoder, mesh: Mesh, config: RunConfig) -> Engine:

@@ -6,7 +6,7 @@ backwards, the fault lies at or just above the wrong parameter that is nearest t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from refractor_core.verify.activations import first_difference
 from refractor_core.verify.probes import take
 from refractor_core.verify.trial import Outcome, Piece
 
+_DEGREES = ("tensor", "expert", "expert_tensor", "context", "data")
 NORM = "(gradient norm)"
 """Stands for a parameter's name where every gradient is right and their norm is not."""
 
@@ -228,7 +229,7 @@ def _signature(whole: Tensor, pieces: dict[int, Piece], layout: Layout) -> str:
     if not any(bool(f.any()) for f in found.values()):
         return "it is zero everywhere: it was lost on its way, or never made"
     if all(math.isclose(other, factor, rel_tol=1e-3) and _parallel(f, a, factor) for other, (f, a) in zip(factors, pairs)):
-        sizes = ", ".join(f"{axis}={len(groups[0])}" for axis, groups in axes.items() if _power(factor, len(groups[0])))
+        sizes = _sizes(axes, factor)
         which = f", a power of the size of {sizes}" if sizes else ""
         if factor > 1:
             return f"exactly {factor:g} times the right gradient{which}: one reduction too many"
@@ -255,7 +256,8 @@ def _norm_culprit(reference: Outcome, outcomes: Sequence[Outcome], layout: Layou
 
 
 def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
-    """Groups of ranks along each axis larger than one, the single axes before those that combine them."""
+    """Groups of ranks along each axis larger than one, the single axes before those that combine them. Axes of the same ranks come once:
+    degrees of the layout under all their names (``tensor/expert``), others under the first."""
     dense, expert = layout.dense_grid, layout.expert_grid
     data = ("data_replicate", "data_shard")
     along = {
@@ -272,8 +274,17 @@ def _axes(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     found = {name: partition(grid, axes) for name, (grid, axes) in along.items()}
     # Tied embeddings are on both; groups that do not hold a parameter are left out where it is judged.
     found["first and last pipeline"] = [(ranks[0], ranks[-1])[: len(ranks)] for ranks in partition(dense, ("pipeline",))]
-    first = {tuple(groups): name for name, groups in reversed(found.items())}  # axes of the same ranks are told under one name
-    return {name: groups for name, groups in found.items() if len(groups[0]) > 1 and first[tuple(groups)] == name}
+    names: dict[tuple, list[str]] = {}
+    for name, groups in found.items():
+        if len(groups[0]) > 1:
+            names.setdefault(tuple(groups), []).append(name)
+    return {"/".join([same[0], *(name for name in same[1:] if name in _DEGREES)]): list(groups) for groups, same in names.items()}
+
+
+def _sizes(axes: Mapping[str, Sequence[tuple[int, ...]]], factor: float) -> str:
+    """The axes of whose size the factor is a power."""
+    fitting = [(axis, len(groups[0])) for axis, groups in axes.items() if _power(factor, len(groups[0]))]
+    return ", ".join("/".join(f"{name}={size}" for name in axis.split("/")) for axis, size in fitting)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

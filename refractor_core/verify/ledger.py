@@ -12,6 +12,7 @@ from refractor_core.config.loading import config_sha
 from refractor_core.telemetry.records import LineFile, read_events
 
 _ROOMS = ("parallel", "model", "objectives", "verify", "config", "train/passes.py")
+_SHOWING = ("report.py", "progress.py", "archive.py", "criteria.py")
 
 
 def key_of(config: RunConfig, dtype: str, **options: object) -> str:
@@ -57,5 +58,7 @@ def _sources() -> str:
     root = Path(refractor_core.__file__).parent
     places = [*(root / room for room in _ROOMS), Path(refractor_kernels.__file__).parent]
     for path in sorted(path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])):
+        if path.parent.name == "verify" and path.name in _SHOWING:
+            continue  # what is shown of a result decides none
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -42,10 +42,11 @@ _EXPONENTS = (0.0, 6.0)
 @dataclass(frozen=True)
 class Row:
     """A layout in the matrix: its result, and its place in the lattice, with the model's variant where there are several. A choice that
-    changes nothing is None."""
+    changes nothing is None. ``asked``: the probes, where any were."""
 
     result: LayoutResult
     choices: Mapping[str, object]
+    asked: bool = True
 
 
 def write_report(
@@ -73,11 +74,12 @@ def write_report(
     return render(path, [row_of(result) for result in results], run.run.name, facts, command, {"the resolved run": dump(run)})
 
 
-def row_of(result: LayoutResult, **besides: object) -> Row:
+def row_of(result: LayoutResult, asked: bool = True, **besides: object) -> Row:
     """A result's row; ``besides`` are choices that the layout does not tell, such as the model's variant."""
-    choices = lattice.layout_choices(parse_layout(result.layout)[0])
+    config, layout = parse_layout(result.layout)
+    choices = lattice.layout_choices(config) | {"data_shard": layout.data_shard}
     idle = {name: None for name, other in lattice.ONLY_WITH.items() if choices[other] == 1}
-    return Row(result, {**besides, "world_size": result.world_size, **choices, **idle})
+    return Row(result, {**besides, "world_size": result.world_size, **choices, **idle}, asked)
 
 
 def render(
@@ -111,7 +113,8 @@ def render(
         values={axis: sorted({row.choices[axis] for row in rows}, key=_sortable) for axis in axes},
         families=_families(rows, axes),
         rows=ordered,
-        probed=int(any(row.result.probe_error for row in rows)),
+        probed=int(any(row.asked and row.result.probe_error for row in rows)),
+        rerouted=int(any(row.result.changed_routes for row in rows)),
         failed=sum(not row.result.passed for row in rows),
         colour=_colour,
         command=command,
@@ -133,9 +136,10 @@ def _tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         tiles.append(("worst gradient error", _error(worst.worst_gradient_error), f"{worst.worst_parameter or 'not run'}, {worst.layout}"))
         loss = max(results, key=lambda result: result.loss_error)
         tiles.append(("worst loss error", _error(loss.loss_error), f"relative, {loss.layout}"))
-        routes = max(result.changed_routes for result in results)
-        if routes:
-            tiles.append(("routes that would change", f"{routes:.2%}", "at most, if the router ran free; one process's are replayed"))
+        routes = [result.changed_routes for result in results]
+        if any(routes):
+            told = f"on average, {max(routes):.2%} at most, if the router ran free; one process's are replayed"
+            tiles.append(("routes that would change", f"{sum(routes) / len(routes):.2%}", told))
         spent = sum(result.seconds for result in results)
         tiles.append(("time", clock_time(spent), f"{spent / len(results):.1f} s a layout, processes and comparison included"))
     return tiles
@@ -147,7 +151,7 @@ def _families(rows: Sequence[Row], axes: list[str]) -> list[dict]:
     for axis in axes:
         if len({row.choices[axis] for row in rows}) == 1:
             continue
-        for value in sorted({row.choices[axis] for row in rows}, key=_sortable):
+        for value in sorted({row.choices[axis] for row in rows} - {None}, key=_sortable):
             results = [row.result for row in rows if row.choices[axis] == value]
             worst = max(results, key=lambda result: result.worst_gradient_error)
             found.append({
@@ -184,4 +188,4 @@ def _word(value: object) -> str:
 
 
 def _sortable(value: object) -> tuple:
-    return (0, value, "") if isinstance(value, int) else (1, 0, str(value))
+    return (0, value, "") if isinstance(value, int) else (2, 0, "") if value is None else (1, 0, str(value))

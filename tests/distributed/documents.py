@@ -8,7 +8,7 @@ import yaml
 def write(folder: Path, **changes) -> str:
     """Writes the document with ``changes`` (dotted keys with ``__`` for the dot) and returns its path."""
     run = {
-        "run": {"name": "layouts", "dir": str(folder / "run"), "seed": 3, "steps": 10},
+        "run": {"name": "layouts", "dir": str(folder / "run"), "seed": 3, "steps": 10, "device": "cpu"},
         "model": {
             "vocab_size": 264, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "init_std": 0.2,
             "attention": {"qk_norm": "head"},

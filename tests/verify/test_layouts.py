@@ -13,7 +13,7 @@ from refractor_core.config import ConfigError, load_run
 from refractor_core.data import BatchPlan, Dataset
 from refractor_core.parallel.mesh import Mesh
 from refractor_core.verify.lattice import parse_layout
-from refractor_core.verify.layouts import verify_layouts
+from refractor_core.verify.layouts import _device, verify_layouts
 from refractor_core.verify.shrink import shrunk
 from refractor_core.verify.trial import Trial, run_trial
 from tests.train import tiny
@@ -118,7 +118,7 @@ CASES = [
         faults.scale_experts_by_the_wrong_axis,
         "tensor=2,expert=2",
         {},
-        r"layers\.1\.feed_forward\.experts\.down_EDF: exactly 2 times.*tensor=2",
+        r"layers\.1\.feed_forward\.experts\.down_EDF: exactly 2 times.*tensor=2/expert=2",
     ),
     (
         faults.lose_a_weight_gradient,
@@ -214,6 +214,26 @@ def test_layouts_that_cannot_be_are_refused_with_every_reason(layouts_config, ca
         r"data_shard=3: batch\.global_batch_size = 8: must be a multiple",
     ):
         assert re.search(line, told), line
+
+
+def test_ranks_run_on_gpus_where_there_is_one_for_each(layouts_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    auto, cpu = (load_run(layouts_config(run__device=device)) for device in ("auto", "cpu"))
+    assert [_device(auto, 2), _device(auto, 4), _device(cpu, 2)] == ["cuda", "cpu", "cpu"]
+    assert [Trial(auto, None, torch.float64, device=device).place(1).index for device in ("cuda", "cpu")] == [1, None]
+    with pytest.raises(ConfigError, match="run.device"):
+        verify_layouts(layouts_config(run__device="cuda"), ["tensor=4"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["data_shard=1", "tensor=2,sequence=true,expert=2", "pipeline=2,schedule=zb_h1", "context=2"])
+@pytest.mark.parametrize("dtype", ["float64", "bf16"])
+def test_gpus_talk_through_nccl(layouts_config, dtype, layout):
+    if torch.cuda.device_count() < parse_layout(layout)[1].world_size:
+        pytest.skip("needs a GPU for each rank")
+    told = []
+    (result,) = verify_layouts(layouts_config(run__device="cuda"), [layout], dtype=dtype, probes=True, log=told.append)
+    assert result.passed and "NCCL" in told[0], result.culprit
 
 
 def test_a_bare_model_is_verified_too():
