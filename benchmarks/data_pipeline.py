@@ -8,7 +8,8 @@ usage: python benchmarks/data_pipeline.py [STAGE …] [--corpus PATH …] [--lan
   --languages: texts whose language is known (see ``data/languages.py``).
   --peers: a ``site-packages`` folder in which peers are looked for after this interpreter's own.
 
-Seconds are processor time; one thread each. Writes ``results/data_pipeline.json`` and from it the table ``results/data_pipeline.md``.
+Seconds are processor time; one thread each. Writes ``results/data_pipeline.json`` and from it the table in ``runbooks/data.md``. Exit code
+1: a floor or a condition does not hold.
 """
 
 import argparse
@@ -26,7 +27,7 @@ os.environ |= dict.fromkeys(THREADS[:-1], "1") | {THREADS[-1]: "false"}
 from data.corpus import read, scaled  # noqa: E402
 from data.rows import Inputs, Row, megabytes  # noqa: E402
 from data.table import rendered  # noqa: E402
-from record import write_result  # noqa: E402
+from record import write_in_runbook, write_result  # noqa: E402
 
 STAGES = ("dedup", "quality", "languages", "tokenise", "packing", "loader")
 """Modules of ``benchmarks/data`` with ``measure(inputs) -> rows``."""
@@ -64,9 +65,8 @@ def main() -> None:
     }
     print(rendered(figures))
     if not args.stages:
-        path = write_result("data_pipeline", figures, tuple(PACKAGES))
-        path.with_suffix(".md").write_text(rendered(figures))
-        print(path)
+        print(write_result("data_pipeline", figures, tuple(PACKAGES)))
+        write_in_runbook("data_pipeline", rendered(figures), "data.md")
     sys.exit(not figures["reached"])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from refractor_core.telemetry.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-RUNBOOK = Path(__file__).parents[1] / "runbooks" / "parallelism.md"
+RUNBOOKS = Path(__file__).parents[1] / "runbooks"
 _MEASURED = (".", ":!benchmarks/results", ":!runbooks")
 
 
@@ -40,12 +40,13 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
     return path
 
 
-def write_in_runbook(name: str, text: str) -> None:
-    """Puts a benchmark's tables in their place in ``runbooks/parallelism.md``."""
+def write_in_runbook(name: str, text: str, runbook: str = "parallelism.md") -> None:
+    """Puts a benchmark's tables in their place in a runbook."""
     begin, end = f"<!-- {name}: written by benchmarks/{name}.py -->", f"<!-- {name}: end -->"
-    before, _, rest = RUNBOOK.read_text(encoding="utf-8").partition(begin)
-    assert end in rest, f"{RUNBOOK} has no place for {name}"
-    RUNBOOK.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    path = RUNBOOKS / runbook
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    assert end in rest, f"{path} has no place for {name}"
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def commit() -> str | None:
@@ -55,7 +56,7 @@ def commit() -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    found = subprocess.run(["git", "-C", str(RUNBOOK.parents[1]), *words], capture_output=True, text=True)
+    found = subprocess.run(["git", "-C", str(RUNBOOKS.parent), *words], capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else None
 
 

@@ -8,7 +8,7 @@ def rendered(figures: dict) -> str:
     lines = [NAMES, ("---",) * len(NAMES), *map(_cells, figures["rows"])]
     corpus = figures["corpus"]
     head = f"{corpus['mb']} MB in {figures['documents']} documents, {corpus['files_mb']} MB of them as written; one core, processor time."
-    return "\n".join([head, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
+    return "\n".join([head, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 def _cells(row: dict) -> tuple[str, ...]:
