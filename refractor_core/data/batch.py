@@ -3,11 +3,15 @@
 Legend: B sequences, S tokens per sequence, N documents.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # who only lays out stages, as the report of a build does, needs no torch
+    import torch
+    from torch import Tensor
 
 IGNORE = -100
 """Label of a position without a target: the last token of a document, and padding."""
@@ -35,13 +39,13 @@ class Batch:
     sequences: int
     tasks_B: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: move(value) for name, value in vars(self).items() if hasattr(value, "to")}
         return replace(self, **tensors)
 
-    def micro_batches(self, size: int) -> Iterator["Batch"]:
+    def micro_batches(self, size: int) -> Iterator[Batch]:
         """Consecutive slices of at most ``size`` rows; ``loss_tokens`` and ``sequences`` stay those of the global batch."""
         rows, length = self.tokens_BS.shape
         for first in range(0, rows, size):

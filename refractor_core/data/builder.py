@@ -107,6 +107,9 @@ def _pipeline(
             close_to_others(work.folder, config)
             memory = Memory(config.data.memory_limit, pool.processes)
             yield Pipeline(config, parts, work, pool, memory, scorer, share), work
+    except KeyboardInterrupt:
+        _say(f"{target}: stopped and left as it was; the same command goes on from what is finished")
+        raise
     except OSError as error:
         reason = error.strerror or error
         message = (

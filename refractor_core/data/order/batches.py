@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from refractor_core.config.run import RunConfig
 from refractor_core.data.batch import IGNORE, Batch
@@ -105,6 +104,8 @@ class BatchPlan:
         Raises:
             ValueError: the curriculum does not reach ``step``, or a store holds what is no token.
         """
+        import torch  # not before: who lays out stages, as the report of a build does, needs none
+
         assert 0 <= rank < world, f"rank {rank} of {world}"
         stage = self._stage(step)
         source_B, task_B, pieces = self.pieces(step)
