@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Carries it out; exit code 0, or 1 where validation has findings."""
     from refractor_core.config.loading import load_run
 
-    if args.action == "build":  # without what the other actions need: torch alone is 120 MB of its memory
+    if args.action == "build":  # without what the other actions need
         return _build(args)
     config = load_run(args.config, args.overrides)
     from refractor_core.data.dataset import Dataset

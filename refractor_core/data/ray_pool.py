@@ -258,7 +258,7 @@ class _Progress:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(10 * TOLD_SECONDS)  # a cluster that is gone may keep it waiting
 
 
 def _short_folder() -> Path:
