@@ -97,7 +97,8 @@ class Proxy:
         chosen = {router: router.choose for router in routers(self.model)}
         for router, choose in chosen.items():
             router.choose = partial(_evenly, choose) if balanced else choose
-        self.step(update)
+        if not clock.rehearsal:
+            self.step(update)
         peak = clock.peak(lambda: self.step(update))
         seconds, spread = clock.seconds(lambda: self.step(update), budget=3.0, runs=5)
         for router, choose in chosen.items():

@@ -48,6 +48,7 @@ def test_a_room_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_suite_is_rehearsed(tmp_path):
     done, written = rehearse(tmp_path, "checks", "experts", "attention", "head", "rows", "step")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -71,6 +71,7 @@ def test_numbers_of_tokens_are_no_part_of_a_compilations_key():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_shipped_configuration_passes(check):
     done = check("--json")
     assert done.returncode == 0, done.stdout + done.stderr
