@@ -56,7 +56,7 @@ setup(
     packages=[*find_packages(include=["refractor_core", "refractor_core.*"]), *find_packages("kernels", include=["refractor_kernels*"])],
     # Nested, because a package named "kernels" exists on PyPI: the folder is on no path by that name.
     package_dir={"refractor_kernels": "kernels/refractor_kernels"},
-    package_data={"": ["**/*.html.j2", "**/*.json", "**/*.yaml"]},
+    package_data={"": ["**/*.html.j2", "**/*.css", "**/*.json", "**/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["refractor=refractor_core.cli.main:main"]},

@@ -52,11 +52,9 @@ def main() -> int:
     """Runs; writes ``results/layouts.json``, ``results/layouts.html`` and the runbook's table; exit code 1 if a layout failed, 130 for
     Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--ranks", type=int, default=8, help="largest world (default: 8)")
+    parser.add_argument("--ranks", type=int, default=8, help="largest world of all layouts; above it the cover's, up to 8 (default: 8)")
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32", "bf16"))
-    parser.add_argument(
-        "--record", type=Path, help="results as they come (default: beside the results, for this number of ranks and format)"
-    )
+    parser.add_argument("--record", type=Path, help="results as they come (default: beside the results, for this format)")
     parser.add_argument("--table", action="store_true", help="write the runbook's table again and run nothing")
     args = parser.parse_args()
     if args.table:
@@ -64,13 +62,13 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     name = NAMES[args.dtype]
-    record = args.record or RESULTS / f"{name}-{args.ranks}.jsonl"
-    cases = every_layout(args.ranks)
+    record = args.record or RESULTS / f"{name}.jsonl"
+    cases = tuple(dict.fromkeys([*every_layout(args.ranks), *covering(8)]))
     log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         documents = {model: _document(Path(folder), model) for model in MODELS}
-        runs, probed = ([(documents[model], _of(model, some)) for model in MODELS] for some in (cases, covering(args.ranks)))
+        runs, probed = ([(documents[model], _of(model, some)) for model in MODELS] for some in (cases, covering(8)))
         try:
             found = verify_runs(runs, dtype=args.dtype, record=record, log=log, bar=True)
             asked = verify_runs(probed, record=record, log=log, bar=True, probes=True) if args.dtype == "float64" else [[]] * len(MODELS)

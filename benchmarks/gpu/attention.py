@@ -42,7 +42,8 @@ def case(length: int, heads: int, width: int, tokens: int, mean: int | None, sma
     work = 4.0 * heads * width * sum(n * (n + 1) / 2 for n in pieces)
     name = f"{length} packed" if mean else str(length)
     make = partial(inputs, batch, length, heads, width, ends)
-    return Case("attention", name, make, (0, 1, 2), flops=(work, 3.5 * work), small=small, options={"packed": bool(mean)})
+    options = {"packed": bool(mean), "longest": max(pieces)}
+    return Case("attention", name, make, (0, 1, 2), flops=(work, 3.5 * work), small=small, options=options)
 
 
 def auto(case: Case) -> Call:
@@ -94,7 +95,8 @@ def flash4(case: Case) -> Call:
             out = flash_attn_func(q, k, v, causal=True)
             return out[0] if isinstance(out, tuple) else out
         flat = (t.flatten(0, 1) for t in (q, k, v))
-        out = flash_attn_varlen_func(*flat, cu_seqlens_q=ends, cu_seqlens_k=ends, causal=True)
+        longest = dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), case.options["longest"])
+        out = flash_attn_varlen_func(*flat, cu_seqlens_q=ends, cu_seqlens_k=ends, **longest, causal=True)
         return (out[0] if isinstance(out, tuple) else out).view_as(q)
 
     return run

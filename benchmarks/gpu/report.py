@@ -17,7 +17,7 @@ FORMULAS = {
     "RMSNorm with residual": "bytes: 8·R·D forward, 16·R·D both",
     "SwiGLU": "bytes: 6·R·F forward, 16·R·F both",
     "rotary": "bytes: 4·B·S·H·D + 4·S·D forward, twice that both",
-    "AdamW": "bytes per parameter: 30 ours (bf16 weights too), 28 torch's",
+    "AdamW": "bytes per parameter: 30 ours (bf16 weights too), 38 with a moving average, 28 torch's",
     "copy": "bytes: read and written",
 }
 """What every rate is made of."""
@@ -113,11 +113,19 @@ def told(rows: Rows, reached: Rows) -> str:
     return "\n".join(lines)
 
 
-PLOTS: tuple[tuple[str, str, Callable[[dict], float | None], str], ...] = (
-    ("experts", "experts", lambda row: row.get("both_tflops"), "TFLOP/s, forward and backward: 18·T·K·D·F / time"),
-    ("attention", "attention", lambda row: row.get("both_tflops"), "TFLOP/s, forward and backward: 14·D per seen pair and head / time"),
-    ("head", "linear + cross-entropy", lambda row: row.get("both_tflops"), "TFLOP/s, forward and backward: 6·T·V·D / time"),
-    ("memory", "linear + cross-entropy", lambda row: row.get("peak_mib"), "MiB held at most, forward and backward"),
+def _bandwidth(row: dict) -> float | None:
+    return row.get("both_tbytes", row.get("forward_tbytes"))
+
+
+_ROWS = ("copy", "RMSNorm", "RMSNorm with residual", "SwiGLU", "rotary", "AdamW")
+PLOTS: tuple[tuple[str, tuple[str, ...], Callable[[dict], float | None], str], ...] = (
+    ("experts", ("experts",), lambda row: row.get("both_tflops"), "TFLOP/s, forward and backward: 18·T·K·D·F / time"),
+    ("experts_memory", ("experts",), lambda row: row.get("saved_mib"), "MiB that wait for the backward pass, with the output"),
+    ("attention", ("attention",), lambda row: row.get("both_tflops"), "TFLOP/s, forward and backward: 14·D per seen pair and head / time"),
+    ("head", ("linear + cross-entropy",), lambda row: row.get("both_tflops"), "TFLOP/s, forward and backward: 6·T·V·D / time"),
+    ("head_memory", ("linear + cross-entropy",), lambda row: row.get("peak_mib"), "MiB held at most, forward and backward"),
+    ("rows", _ROWS, _bandwidth, "TB/s, forward and backward (AdamW, copy: once)"),
+    ("step", ("training step",), lambda row: row.get("mfu"), "MFU: model FLOPs / (time · peak)"),
 )
 
 
@@ -128,20 +136,26 @@ def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
     except ImportError:
         return []
     made = []
-    for name, work, value, label in PLOTS:
-        own = [row for row in rows if row["work"] == work and value(row)]
+    for name, works, value, label in PLOTS:
+        own = [row for row in rows if row["work"] in works and value(row)]
+        own = own if len(works) == 1 else [row | {"case": f"{row['work']}\n{row['case']}"} for row in own]
         cases, contenders = (list(dict.fromkeys(row[key] for row in own)) for key in ("case", "contender"))
         if not own:
             continue
-        figure = Figure(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
+        figure = Figure(figsize=(3.5 + 1.4 * len(cases), 4), layout="constrained")
         axes = figure.add_subplot()
         for i, contender in enumerate(contenders):
-            heights = {row["case"]: value(row) for row in own if row["contender"] == contender}
-            places = [j + 0.8 * i / len(contenders) for j, case in enumerate(cases) if case in heights]
-            axes.bar(places, [heights[case] for case in cases if case in heights], 0.8 / len(contenders), label=contender)
-        axes.set_xticks([j + 0.4 for j in range(len(cases))], cases, rotation=20)
-        axes.set_ylabel(label, fontsize=7)
-        axes.legend(fontsize=6)
+            for row in (row for row in own if row["contender"] == contender):
+                there = [other["contender"] for other in own if other["case"] == row["case"]]
+                place = cases.index(row["case"]) + 0.8 * (there.index(contender) - (len(there) - 1) / 2) / len(contenders)
+                axes.bar(place, value(row), 0.8 / len(contenders), color=f"C{i}", label=contender)
+        axes.set_xticks(range(len(cases)), cases, rotation=20, fontsize=7)
+        axes.set_title(label, fontsize=8)
+        figure.legend(
+            *zip(*{text: (bar, text) for bar, text in zip(*axes.get_legend_handles_labels())}.values()),
+            loc="outside right upper",
+            fontsize=7,
+        )
         made.append(folder / f"{stem}_{name}.svg")
         figure.savefig(made[-1], metadata={"Date": None})
     return made

@@ -147,13 +147,13 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, *, ignore
     return _LINEAR_CROSS_ENTROPY(backend, x_TD, w_VD, labels_T, ignore=ignore)
 
 
-def linear_cross_entropy_partials(x_TD: Tensor, w_vD: Tensor, labels_T: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy_partials(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """What one slice of the vocabulary contributes; ranks combine it: M = max of maxima, loss = log Σ sum·exp(max − M) + M − Σ target.
 
     Whatever is made of the combined log-sum-exp has the right gradient, a z-loss (its square) too.
 
     Args:
-        x_TD, w_vD: one floating dtype; w is this rank's rows.
+        x_TD, w_VD: one floating dtype; w is this rank's rows.
         labels_T: int64, index into this rank's rows, or −1 where the label is another rank's or ignored.
 
     Returns:
@@ -165,5 +165,5 @@ def linear_cross_entropy_partials(x_TD: Tensor, w_vD: Tensor, labels_T: Tensor, 
     Raises:
         ValueError: as ``linear_cross_entropy``.
     """
-    _check("linear_cross_entropy_partials", x_TD, w_vD, labels_T, "for another rank's", -1)
-    return _LINEAR_CROSS_ENTROPY_PARTIALS(backend, x_TD, w_vD, labels_T)
+    _check("linear_cross_entropy_partials", x_TD, w_VD, labels_T, "for another rank's", -1)
+    return _LINEAR_CROSS_ENTROPY_PARTIALS(backend, x_TD, w_VD, labels_T)

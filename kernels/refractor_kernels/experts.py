@@ -27,7 +27,8 @@ has not seen, which takes several times as long as running it (1.4 ms against 0.
 ever repeats a shape."""
 
 
-Defer = Callable[[Callable[[], tuple[Tensor | None, Tensor | None]]], tuple[Tensor | None, Tensor | None]]
+Gradients = tuple[Tensor | None, Tensor | None]
+Defer = Callable[[Callable[..., Gradients]], Gradients]
 """See ``experts``."""
 
 
@@ -85,12 +86,13 @@ def _total(count_E: Tensor, assumed: int) -> int:
 
 
 def _grouped_supported(*tensors: Tensor) -> bool:
-    """torch's grouped GEMM takes bf16 (and on CPU float32) with rows of a multiple of 16 bytes; no empty operand."""
+    """torch's grouped GEMM takes bf16 (and on CPU float32) with adjacent elements and rows of a multiple of 16 bytes; no empty operand."""
     first = tensors[0]
     # Without values even a CPU's tensors are refused in float32.
     dtypes = (torch.bfloat16, torch.float32) if check.readable(first) else (torch.bfloat16,)
     aligned = all(size * t.element_size() % 16 == 0 for t in tensors for size in t.shape[-2 if t.dim() == 3 else -1 :])
-    return _grouped_mm is not None and first.dtype in dtypes and aligned and all(t.numel() for t in tensors)
+    dense = all(t.numel() and 1 in t.stride()[-2:] for t in tensors)
+    return _grouped_mm is not None and first.dtype in dtypes and aligned and dense
 
 
 def grouped_linear(a_MI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -163,10 +165,11 @@ class _Experts(torch.autograd.Function):
         weighted_MF = (act_MF * weight_M).to(act_MF.dtype)
         of_gate_up, of_down = ctx.needs_input_grad[1:3]
 
-        def make() -> tuple[Tensor | None, Tensor | None]:
+        def make(into: tuple[Tensor, Tensor] | None = None) -> Gradients:
             """Gathers rows anew: until it is called, T rows of x and of the gradient are kept, not one for each pair."""
             down = grouped_outer(pairs.spread(grad_TD[token_P]), weighted_MF, ends_E) if of_down else None
-            return grouped_outer(grad_pre_MF, pairs.spread(x_TD[token_P]), ends_E) if of_gate_up else None, down
+            gate_up = grouped_outer(grad_pre_MF, pairs.spread(x_TD[token_P]), ends_E) if of_gate_up else None
+            return (gate_up, down) if into is None else added(into, gate_up, down)
 
         grad_gate_up, grad_down = make() if ctx.defer is None else ctx.defer(make)
         grad_x = None
@@ -175,6 +178,14 @@ class _Experts(torch.autograd.Function):
             total = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
             grad_x = _pairs(rows_MD, pairs, tokens, top_k).sum(1, dtype=total).to(x_TD.dtype)
         return grad_x, grad_gate_up, grad_down, None, grad_weights, None
+
+
+def added(into: tuple[Tensor, Tensor], *gradients: Tensor | None) -> Gradients:
+    """Adds what there is to main gradients; nothing is left to return."""
+    for main, gradient in zip(into, gradients, strict=True):
+        if gradient is not None:
+            main.add_(gradient)
+    return None, None
 
 
 def reference(
@@ -206,7 +217,9 @@ def experts(
         indices_TK: int64 in [−1, E); −1 drops the pair.
         weights_TK: float32, or float64 exactly where x is; a weight of exactly 0 drops the pair (and gets no gradient).
         defer: called in the backward pass with a function that makes the gradients of gate_up and down; its result is taken for them. It
-            may keep the function, return (None, None), and call it later, when the gradients are wanted. None: they are made at once.
+            may keep the function, return (None, None), and call it later, when the gradients are wanted. Called with ``into``, two
+            contiguous main gradients of the weights' shapes, float32 at least, the function adds to these and returns (None, None): a
+            kernel then rounds once, there. None: gradients are made at once.
 
     Returns:
         [T, D] in the dtype of x; zero for a token without a pair. The weighted sum is at least float32.

@@ -61,6 +61,7 @@ def rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
     Raises:
         ValueError: odd D, or dtypes, devices or shapes that do not match; an unknown backend.
     """
+    check.same_kind("rotary", x_BSHD=x_BSHD)
     B, S, _, D = check.shapes("rotary", "x_BSHD:BSHD", x_BSHD=x_BSHD).values()
     if D % 2:
         raise ValueError(f"rotary: x_BSHD has heads of width {D}, expected an even width")

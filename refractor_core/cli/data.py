@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from refractor_core.config.loading import load_run
 
     config = load_run(args.config, args.overrides)
-    if args.action == "build":  # without what the other actions need: torch alone is 120 MB of its memory
+    if args.action == "build":  # without what the other actions need
         from refractor_core.data.builder import build
 
         scorer = None

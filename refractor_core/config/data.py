@@ -147,7 +147,8 @@ class StageConfig(Section):
     shares: dict[str, NonNegativeFloat] | None = None
     """In this stage, in place of ``data.mixture``."""
     min_document_tokens: PositiveInt = 1
-    """Shorter documents are not for this stage."""
+    """Shorter documents are not for this stage. A source that has less than a sequence of the lengths wanted sits the stage out, unless
+    ``shares`` name it."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are not for this stage, and stay whole for later ones."""
     retrieval_share: float = Field(0.0, ge=0, lt=1)

@@ -14,7 +14,9 @@ LanguageCode = Annotated[str, Field(pattern=PATTERN)]
 class RuleConfig(Section):
     """A bound on a signal. A document outside it is dropped; the audit names the rule ``min_<signal>`` or ``max_<signal>``.
 
-    With ``domains`` and ``languages`` a rule holds for some documents only.
+    With ``domains``, ``sources`` and ``languages`` a rule holds for some documents only. Of several that set the same bound of a signal
+    for a document the last one counts, so a rule for few documents belongs behind the one for all; where it names domains or sources, the
+    audit appends the document's: ``min_characters:social``.
     """
 
     signal: SignalName
@@ -27,6 +29,8 @@ class RuleConfig(Section):
     """Whether it holds for all documents, for code (``data.code_domains``) or for the rest."""
     domains: tuple[str, ...] | None = None
     """Domains that it holds for; null: all."""
+    sources: tuple[str, ...] | None = None
+    """Names of the sources that it holds for; null: all."""
     languages: tuple[LanguageCode, ...] | None = None
     """Languages that it holds for; null: all."""
     except_languages: tuple[LanguageCode, ...] = ()
@@ -75,7 +79,7 @@ class FilterConfig(Section):
     rules: tuple[RuleConfig, ...] = RULES
     """Rules, in the order that they are tried. Giving the key replaces the whole default set, which is listed below."""
     extra_rules: tuple[RuleConfig, ...] = ()
-    """Rules that hold besides ``rules``, so that one can be added without repeating the defaults."""
+    """Rules behind ``rules``: they add bounds, and replace those of the documents that they hold for, without repeating the defaults."""
     mask: tuple[PiiName, ...] = ()
     """Personal data and secrets that are replaced in the texts by a name in angle brackets, such as ``<EMAIL>``."""
 

@@ -274,6 +274,15 @@ def filter_rules(config: RunConfig, world_size: int | None) -> Iterator[Problem]
                 yield Problem(f"{key}.min", rule.min, f"must be at most max = {rule.max:g}, else no document passes")
 
 
+def rules_name_sources(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    known = {source.name for source in config.data.sources}
+    for name in ("rules", "extra_rules"):
+        for index, rule in enumerate(getattr(config.data.filters, name, ())):
+            if unknown := sorted({*(rule.sources or ())} - known):
+                expected = f"{', '.join(unknown)}: no source; data.sources has {', '.join(sorted(known))}"
+                yield Problem(f"data.filters.{name}.{index}.sources", list(rule.sources), expected)
+
+
 def perplexity_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     perplexity = config.data.perplexity
     needed = {"path": perplexity.backend in ("kenlm", "checkpoint"), "tokenizer_path": perplexity.backend == "checkpoint"}
@@ -323,6 +332,7 @@ RULES: tuple[Rule, ...] = (
     warmup_fits,
     vocabulary,
     filter_rules,
+    rules_name_sources,
     perplexity_fits,
     bands,
     averaged_weights,

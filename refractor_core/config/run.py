@@ -36,6 +36,9 @@ class RunSection(Section):
     """Where to run; auto takes a GPU if there is one."""
     threads: PositiveInt | None = None
     """CPU threads per rank; null: the machine's cores over the ranks on it."""
+    kernel_tables: str | None = None
+    """File of launch parameters that ``python -m refractor_kernels.tune`` measured on this kind of GPU. Rank 0 reads it, all ranks take its
+    tables. Null: those that are shipped."""
 
 
 class RunConfig(Section):

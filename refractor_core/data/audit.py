@@ -27,7 +27,7 @@ class Removal:
         value: what was measured, where the rule measures.
         threshold: what it was held against.
         twin: id of the document that stayed in its place.
-        detail: for the reader: the error's words, or the beginning of the text.
+        detail: for the reader: the error's words, or the beginning of the text; of a near-duplicate, from where it differs on.
         bytes: what went, in UTF-8: the document, or of one that stays what it lost.
     """
 

@@ -1,7 +1,6 @@
 """What one optimizer step sees.
 
-Legend: B sequences, S tokens per sequence, N documents. torch is imported where there are tensors: plans of batches are told, and a build
-writes them into its report, in processes that have no 250 MB for it.
+Legend: B sequences, S tokens per sequence, N documents.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # who only lays out stages, as the report of a build does, needs no torch
     import torch
     from torch import Tensor
 
@@ -42,10 +41,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        from torch import Tensor
-
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: move(value) for name, value in vars(self).items() if hasattr(value, "to")}
         return replace(self, **tensors)
 
     def micro_batches(self, size: int) -> Iterator[Batch]:

@@ -93,6 +93,9 @@ def build(config: RunConfig, *, force: bool = False, scorer: Scorer | None = Non
             work.only("read", [part.name for part in parts])
             _Build(config, parts, work, pool, memory, scorer).into(target)
             discard(work)
+    except KeyboardInterrupt:
+        _say(f"{target}: stopped and left as it was; the same command goes on from what is finished")
+        raise
     except OSError as error:
         reason = error.strerror or error
         message = (

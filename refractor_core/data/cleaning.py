@@ -84,11 +84,28 @@ class Cleaning:
         self.facts[stage] = json.loads((piece / FACTS).read_text()) if (piece / FACTS).exists() else {}
 
 
+@dataclass
+class _Counting:
+    """A watch that knows how much it was told."""
+
+    watch: Watch
+    done: int = 0
+
+    def begin(self, item: str) -> None:
+        self.watch.begin(item)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        self.watch.advance(count)
+
+
 def _piece(task: tuple[SegmentWork, Segment, DataConfig, Path], watch: Watch) -> None:
     work, segment, config, piece = task
     watch.begin(str(segment.path))
+    counting = _Counting(watch)
     with finished(piece) as folder:
-        work(segment, config, folder, watch)
+        work(segment, config, folder, counting)
+    watch.advance(segment.size() - counting.done)  # what the stage passed over is done too
 
 
 @dataclass(frozen=True)

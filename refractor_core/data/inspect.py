@@ -1,14 +1,12 @@
 """A look inside a dataset, as text for a terminal."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from refractor_core.config.run import RunConfig
-from refractor_core.data.audit import CHANGES
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
 from refractor_core.data.order import BatchPlan
+from refractor_core.data.summary import Audit, funnel, stage_order
 
-ORDER = ("read", "filter", "mask", "exact", "near", "paragraph", "remainder", "perplexity")
-"""Stages in the order in which documents meet them; others come after."""
 EXCERPT = 60
 """Characters shown of each end of a sequence, and of a removed document."""
 
@@ -18,13 +16,12 @@ def describe_dataset(dataset: Dataset, config: RunConfig) -> str:
     head = ("source", "domain", "access", "read", "removed", "documents", "tokens", "bytes/token", "held out")
     lines = [f"{dataset.path}: manifest {dataset.sha256[:12]}, Python {dataset.manifest.python_version}, {dataset.manifest.dtype} tokens"]
     lines += [f"differs from the configuration: {change}" for change in dataset.check_config(config)]
-    lines.append("{:<16}{:<12}{:<11}{:>9}{:>9}{:>11}{:>14}{:>13}{:>12}".format(*head))
+    rows = [head]
     for source in dataset.manifest.sources:
-        train = source.train
-        lines.append(
-            f"{source.name:<16}{source.domain:<12}{source.access:<11}{source.read:>9}{sum(source.removed.values()):>9}{train.documents:>11}{train.tokens:>14}"
-            f"{train.bytes / train.tokens:>13.2f}{source.heldout.tokens:>12}"
-        )
+        train, removed = source.train, sum(source.removed.values())
+        figures = train.documents, train.tokens, f"{train.bytes / train.tokens:.2f}", source.heldout.tokens
+        rows.append((source.name, source.domain, source.access, source.read, removed, *figures))
+    lines += _table(rows, 3)
     lines += [f"{source.name}: restricted to {', '.join(source.readers)}" for source in dataset.manifest.sources if source.readers]
     plan = BatchPlan(dataset, config)
     lines.append(f"packs in {plan.packs_folder}")
@@ -43,10 +40,13 @@ def describe_stages(plan: BatchPlan) -> list[str]:
         )
         for name, own in stage["sources"].items():
             epochs[name] += own["epochs"]
-            lines.append(
-                f"  {name:<14}{own['share']:>8.2%} of {own['target']:.2%}{own['tokens']:>14} tokens{own['documents']:>11} documents"
-                f"{own['epochs']:>9.2f} epochs, {epochs[name]:.2f} in all"
-            )
+            if own["target"]:
+                lines.append(
+                    f"  {name:<14}{own['share']:>8.2%} of {own['target']:.2%}{own['tokens']:>14} tokens{own['documents']:>11} documents"
+                    f"{own['epochs']:>9.2f} epochs, {epochs[name]:.2f} in all"
+                )
+            else:
+                lines.append(f"  {name:<14}sits this stage out")
         if tasks := stage["retrieval"]:
             kinds = ", ".join(f"{count} {kind}" for kind, count in tasks["kinds"].items())
             lines.append(f"  retrieval tasks in {tasks['rows']} sequences: {kinds}")
@@ -54,46 +54,17 @@ def describe_stages(plan: BatchPlan) -> list[str]:
     return lines
 
 
-def funnel(dataset: Dataset) -> list[dict]:
-    """What was left of every source after each stage, and what the stage took.
-
-    Returns:
-        One row per source and stage, in the order of the stages, ``found`` first and ``kept`` last, with ``documents``, ``bytes`` of text
-        and ``tokens`` left, ``removed_documents`` and ``removed_bytes``, and ``changed_documents``. Texts are tokenised at the end, so
-        tokens above ``kept`` are estimated from the bytes; what could not be read has no bytes.
-    """
-    taken: dict[tuple[str, str], list[int]] = {}
-    order = {stage: place for place, stage in enumerate(ORDER)}
-    audit = dataset.audit()
-    for source, stage, size in zip(*(audit.column(name).to_pylist() for name in ("source", "stage", "bytes"))):
-        figures = taken.setdefault((source, stage), [0, 0, 0])
-        figures[2 if stage in CHANGES else 0] += 1
-        figures[1] += size or 0
-    rows = []
-    for source in dataset.manifest.sources:
-        documents, size, tokens = (getattr(source.train, name) + getattr(source.heldout, name) for name in ("documents", "bytes", "tokens"))
-        stages = sorted((stage for name, stage in taken if name == source.name), key=lambda stage: (order.get(stage, len(order)), stage))
-        own: list[dict] = []
-        rate = tokens / size if size else 0.0
-        for stage in ("kept", *reversed(stages)):
-            gone, gone_bytes, changed = taken.get((source.name, stage), [0, 0, 0])
-            figures = {"documents": documents, "bytes": size, "tokens": round(size * rate)}
-            removed = {"removed_documents": gone, "removed_bytes": gone_bytes, "changed_documents": changed}
-            own.append({"source": source.name, "stage": stage, **figures, **removed})
-            documents, size = documents + gone, size + gone_bytes
-        found = {"documents": documents, "bytes": size, "tokens": round(size * rate)}
-        own.append({"source": source.name, "stage": "found", **found, "removed_documents": 0, "removed_bytes": 0, "changed_documents": 0})
-        rows += own[:0:-1] + own[:1]
-    return rows
-
-
 def describe_funnel(dataset: Dataset) -> str:
     """``funnel`` as a table."""
     head = ("source", "after", "documents", "bytes", "tokens", "removed", "bytes removed", "changed")
-    lines = ["{:<16}{:<12}{:>11}{:>15}{:>14}{:>10}{:>15}{:>10}".format(*head)]
-    for row in funnel(dataset):
-        lines.append("{:<16}{:<12}{:>11}{:>15}{:>14}{:>10}{:>15}{:>10}".format(*row.values()))
-    return "\n".join(lines)
+    return "\n".join(_table([head, *(tuple(row.values()) for row in funnel(dataset, Audit.of(dataset)))], 2))
+
+
+def _table(rows: list[tuple], texts: int) -> list[str]:
+    """Rows as lines, columns as wide as they need; the first ``texts`` stand left, numbers right."""
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(f"{cell:{'<' if place < texts else '>'}{widths[place]}}" for place, cell in enumerate(row)).rstrip() for row in cells]
 
 
 def describe_removed(dataset: Dataset, samples: int) -> str:
@@ -102,9 +73,9 @@ def describe_removed(dataset: Dataset, samples: int) -> str:
     for row in dataset.audit().to_pylist():
         rules.setdefault((row["stage"], row["rule"]), []).append(row)
     lines = []
-    for (stage, rule), rows in rules.items():
-        sources = {source: sum(row["source"] == source for row in rows) for source in sorted({row["source"] for row in rows})}
-        lines.append(f"{stage} / {rule}: {len(rows)} ({', '.join(f'{name} {count}' for name, count in sources.items())})")
+    for (stage, rule), rows in sorted(rules.items(), key=lambda item: (stage_order(item[0][0]), -len(item[1]), item[0][1])):
+        sources = Counter(row["source"] for row in rows).most_common()
+        lines.append(f"{stage} / {rule}: {len(rows)} ({', '.join(f'{name} {count}' for name, count in sources)})")
         for row in rows[:samples]:
             measured = "" if row["value"] is None else f" {row['value']:.4g}"
             measured += "" if row["threshold"] is None else f" against {row['threshold']:.4g}"

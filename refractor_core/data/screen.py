@@ -51,7 +51,7 @@ def _screened(document: Document, config: DataConfig, rules: Rules, allowed: set
     found = Identified("", 1.0) if code else identify(text)
     signals = (found.confidence, *measure(text).tolist())
     violation = None if code else _foreign(found, allowed, config.languages.min_confidence)
-    violation = violation or rules.violation(signals[1:], document.domain, found.language)
+    violation = violation or rules.violation(signals[1:], document.source, document.domain, found.language)
     masked = {}
     if violation is None and config.filters.mask:
         text, counts = mask_personal(text, config.filters.mask)

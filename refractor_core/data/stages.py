@@ -7,7 +7,7 @@ from refractor_core.data.dedup.stage import remove_duplicates
 from refractor_core.data.quality.perplexity import score_documents
 
 STAGES = (
-    Stage("duplicates", "3", lambda config: True, remove_duplicates),
+    Stage("duplicates", "4", lambda config: True, remove_duplicates),
     Stage("paragraph", "1", paragraphs_stage.wanted, paragraphs_stage.remove_paragraphs),
     Stage("perplexity", "1", lambda config: config.perplexity.backend != "none", score_documents),
     Stage("decontamination", "1", lambda config: bool(config.decontamination.sets), remove_contaminated),

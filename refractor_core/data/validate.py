@@ -16,6 +16,7 @@ import pyarrow.parquet
 from refractor_core.config.run import RunConfig
 from refractor_core.data.columns import values
 from refractor_core.data.dataset import DOCUMENTS, UNIGRAM, Dataset
+from refractor_core.data.order import BatchPlan
 from refractor_core.data.store import TokenStore
 
 NUMBERS = ("tokens", "bytes", "position")
@@ -240,8 +241,6 @@ def _decoded(dataset: Dataset) -> Iterator[tuple[tuple[str, str], dict[str, str]
 
 def _mix(dataset: Dataset, config: RunConfig) -> list[str]:
     """Stages that the dataset is too small for, or whose realised shares are off their targets."""
-    from refractor_core.data.order import BatchPlan  # imports torch, which a start of training has anyway
-
     try:
         plan = BatchPlan(dataset, config)
     except ValueError as error:

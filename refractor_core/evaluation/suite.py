@@ -67,7 +67,7 @@ def evaluate(
     """
     return score(
         model,
-        select(dataset.heldout_documents(), config.evaluation.max_tokens),
+        select(dataset.heldout_documents(), config.evaluation.max_tokens, lambda tokens: len(dataset.tokenizer.decode_bytes(tokens))),
         unigram_prices(dataset.unigram_counts()),
         sequence_length=config.curriculum.stages[-1].sequence_length,
         batch_size=config.evaluation.batch_size,

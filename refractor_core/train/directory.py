@@ -16,6 +16,7 @@ _FREE_TO_CHANGE = (
     "run.steps",
     "run.device",
     "run.threads",
+    "run.kernel_tables",
     "parallel",
     "kernels",
     "batch.micro_batch_size",

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from refractor_core.config import ConfigError, Problem, RunConfig
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Axis, Mesh
 from refractor_core.train.place import Place
+from refractor_kernels.gpu import tables
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,16 @@ class Runtime:
         """Joins the world and leaves it again. The layout is checked before any process group exists.
 
         Raises:
-            ConfigError: the layout does not fit the world, or the device is not there.
+            ConfigError: the layout does not fit the world, the device is not there, or the kernels' tables do not fit this version.
         """
         layout = Layout.from_config(config.parallel, place.world_size)
         device = _device(config, place)
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
+        if place.rank == 0:
+            _adopt_kernel_tables(config)
         if place.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            tables.share()
         failed = True
         try:
             yield cls(place, device, Mesh.create(layout, place.rank))
@@ -69,6 +74,14 @@ def check_device(config: RunConfig, local_ranks: int) -> None:
     if devices < local_ranks:
         told = f"{local_ranks} ranks on this machine need a CUDA device each, {devices} can be seen; start {devices} ranks, or use cpu"
         raise ConfigError([Problem("run.device", config.run.device, told)])
+
+
+def _adopt_kernel_tables(config: RunConfig) -> None:
+    if config.run.kernel_tables is not None:
+        try:
+            tables.adopt(Path(config.run.kernel_tables))
+        except ValueError as error:
+            raise ConfigError([Problem("run.kernel_tables", config.run.kernel_tables, str(error))]) from error
 
 
 def _on_cpu(config: RunConfig) -> bool:

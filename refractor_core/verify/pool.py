@@ -107,7 +107,7 @@ def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, p
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its ranks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     faulthandler.enable()
     torch.set_num_threads(1)
     backend = "gloo"
@@ -134,11 +134,12 @@ def _rank(rank: int, trials: Sequence[Trial], jobs: Sequence[Job], first: int, p
         gc.collect()  # a model's hooks refer to it in circles, and it to its groups, whose threads would eat all processor time
 
 
-def _end_with_parent() -> None:
-    """A command that is killed ends no rank, and ranks would go on through the whole list for nobody."""
+def _end_with_parent(folder: str) -> None:
+    """A command that is killed ends no rank, and ranks would go on through the whole list for nobody. Nor does it clear up."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -146,6 +146,16 @@ CASES = [
         for name in ("rules", "extra_rules")
         for bad, good in (("kind: prose", "kind: prose, max: 1"), ("min: 3, max: 2", "min: 2, max: 2"))
     ),
+    *(
+        (
+            "rules_name_sources",
+            [f"data.filters.{name}=[{{signal: words, min: 1, sources: [none]}}]"],
+            f"data.filters.{name}.0.sources",
+            [f"data.filters.{name}=[{{signal: words, min: 1, sources: [code]}}]"],
+            None,
+        )
+        for name in ("rules", "extra_rules")
+    ),
     ("perplexity_fits", ["data.perplexity.backend=kenlm"], "data.perplexity.path", ["data.perplexity={backend: kenlm, path: m}"], None),
     ("perplexity_fits", ["data.perplexity.path=m"], "data.perplexity.path", ["data.perplexity.backend=none"], None),
     (

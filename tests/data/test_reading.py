@@ -48,7 +48,7 @@ def test_documents_stay_in_order_and_the_rest_is_told(tmp_path: Path) -> None:
         read_part(part, stop, tmp_path, watch, {})
 
 
-def test_a_process_that_builds_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
+def test_a_build_and_its_report_import_neither_torch_nor_pandas(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -56,7 +56,9 @@ def test_a_process_that_builds_imports_neither_torch_nor_pandas(tmp_path: Path) 
         "run(Path(sys.argv[1]))\n"
         "from refractor_core.data import build\n"
         "from tests.data.corpora import run_config, write_corpus\n"
-        "build(run_config(sys.argv[1] + '/set', write_corpus(Path(sys.argv[1]) / 'corpus')))\n"
+        "from refractor_core.data.report import write_report\n"
+        "config = run_config(sys.argv[1] + '/set', write_corpus(Path(sys.argv[1]) / 'corpus'))\n"
+        "write_report(build(config), config)\n"
         "print({'torch', 'pandas'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)

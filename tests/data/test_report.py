@@ -10,7 +10,10 @@ from refractor_core.cli.main import main
 from refractor_core.config import RunConfig
 from refractor_core.config.loading import dump
 from refractor_core.data import Dataset, build
-from refractor_core.data.report import _marked, visible, write_report
+from refractor_core.data.charts import beside, funnel_chart, marked
+from refractor_core.data.dedup.stage import excerpt
+from refractor_core.data.report import TOP, _kinds, visible, write_report
+from refractor_core.data.summary import Audit, Documents, funnel
 from tests.data.corpora import run_config, words, write_jsonl
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \u202egnp.exe \x07\u200b &amp; {{ 7*7 }}"
@@ -73,9 +76,42 @@ def test_documents_are_only_text_in_it(page: tuple[str, Dataset, RunConfig]) -> 
 
 
 def test_differences_are_marked_on_both_sides() -> None:
-    left, right = _marked("one two three four", "one zwei three four and more")
+    left, right = marked("one two three four", "one zwei three four and more")
     assert left == [(False, "one "), (True, "two"), (False, " three four")]
     assert right == [(False, "one "), (True, "zwei"), (False, " three four")]
+
+
+def test_excerpts_of_near_duplicates_begin_where_they_differ() -> None:
+    """A licence's header on both says nothing; what the eye compares stands side by side."""
+    header = " ".join(f"header{number}" for number in range(60))
+    removed, kept = f"{header} one two three four", f"{header} one zwei three four and more"
+    told = excerpt(removed.encode(), kept.encode())
+    assert told.startswith("… header") and told.endswith("one two three four") and len(told) < 80
+    left, right = marked(told, beside(told, kept))
+    assert [text for differs, text in left if differs] == ["two"] and [text for differs, text in right if differs] == ["zwei"]
+    assert excerpt(b"one two", b"one zwei") == "one two" and beside("one two", "one zwei") == "one zwei"
+    assert excerpt(b"alike", b"alike and longer") == "alike" and excerpt("ä ".encode() * 900, "ä ".encode() * 900 + b"x").startswith("… ä")
+
+
+def test_the_funnel_narrows_by_what_the_stages_took(page: tuple[str, Dataset, RunConfig]) -> None:
+    _, dataset, _ = page
+    audit = Audit.of(dataset)
+    rows = funnel_chart(dataset, audit)
+    assert [row["stage"] for row in rows] == ["found", "filter", "exact", "near", "kept"]
+    for before, after in zip(rows, rows[1:]):
+        assert after["documents"] == before["documents"] - after["gone"] and after["bytes"] == before["bytes"] - after["gone_bytes"]
+    assert sum(rows[0]["by_documents"]) == pytest.approx(1) == sum(rows[0]["by_bytes"])
+    assert rows[-1]["documents"] == len(dataset.documents()) and rows[-1]["bytes"] == sum(dataset.documents()["bytes"].to_pylist())
+    found = {(row["source"], row["stage"]): row for row in funnel(dataset, audit)}
+    assert found["web", "exact"]["removed_documents"] == 1 and ("books", "exact") not in found
+
+
+def test_languages_without_number_find_room(page: tuple[str, Dataset, RunConfig]) -> None:
+    documents = Documents()
+    for number in range(75):
+        documents.by["language"][f"l{number:02}"].add(1, 100 - number, 1000)
+    (kind,) = _kinds(documents)
+    assert len(kind["rows"]) == TOP and len(kind["rest"]) == 75 - TOP and kind["rows"][0][0] == "l00"
 
 
 def test_what_is_hidden_is_spelled_out() -> None:
@@ -85,7 +121,7 @@ def test_what_is_hidden_is_spelled_out() -> None:
 def test_findings_lead(page: tuple[str, Dataset, RunConfig]) -> None:
     _, dataset, config = page
     html = write_report(dataset, config, ["train/web.bin: <b>bad</b>"]).read_text(encoding="utf-8")
-    assert "1 findings" in html and "train/web.bin: &lt;b&gt;bad" in html
+    assert "1 finding<" in html and "train/web.bin: &lt;b&gt;bad" in html
 
 
 def test_it_is_no_part_of_the_dataset_and_the_commands_write_it(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refractor_core.data.dataset import HeldoutDocument
-from refractor_core.evaluation.heldout import select
+from refractor_core.evaluation.heldout import LEAST, select
 from refractor_core.evaluation.suite import batches, plan_rows, score, unigram_prices
 from tests.evaluation.toys import EXPERTS, VOCABULARY, MeanModel, random_documents
 
@@ -118,17 +118,21 @@ def pool_of(lengths, domain):
 
 def test_tokens_are_spread_over_domains_and_what_a_small_one_leaves_goes_to_the_others():
     pool = pool_of([10] * 100, "big") + pool_of([10] * 100, "huge") + pool_of([10] * 2, "small")
-    chosen = select(pool, 320)
+    chosen = select(pool, 320, len)
     by_domain = {name: sum(len(d.tokens) for d in chosen if d.domain == name) for name in ("big", "huge", "small")}
     assert by_domain == {"big": 150, "huge": 150, "small": 20}
-    assert [d.id for d in select(pool[::-1], 320)] == [d.id for d in chosen]
+    assert [d.id for d in select(pool[::-1], 320, len)] == [d.id for d in chosen]
 
 
-def test_too_long_documents_are_passed_over_and_a_domain_is_never_empty():
-    chosen = select(pool_of([1000, 5, 7], "a") + pool_of([500, 400], "b") + pool_of([1], "c"), 60)
-    assert sorted((d.domain, len(d.tokens)) for d in chosen) == [("a", 5), ("a", 7), ("b", 400)]
+def test_too_long_documents_are_passed_over_and_of_a_domain_without_others_the_beginning_is_read():
+    chosen = select(pool_of([1000, 5, 7], "a") + pool_of([500, 400], "b") + pool_of([1], "c"), 60, len)
+    assert sorted((d.domain, len(d.tokens)) for d in chosen) == [("a", 5), ("a", 7), ("b", LEAST)]
+    (book,) = select(pool_of([9000, 5000], "books"), 300, lambda tokens: 3 * len(tokens))
+    assert (len(book.tokens), book.bytes) == (300, 900)
+    (whole,) = select(pool_of([30], "b"), 10, len)
+    assert len(whole.tokens) == 30, "what is shorter than the least is not cut"
 
 
 def test_nothing_to_score_is_said():
     with pytest.raises(ValueError, match="data.heldout_share"):
-        select(pool_of([1], "c"), 60)
+        select(pool_of([1], "c"), 60, len)

@@ -71,7 +71,7 @@ def route_sums(logits_TE: Tensor, bias_E: Tensor | None, indices_TK: Tensor, seq
 
 def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
     logits = x_TD @ w_VD.T
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    logits = logits.float() if logits.dtype.itemsize == 2 else logits
     return torch.nn.functional.cross_entropy(logits, labels_T, reduction="none", ignore_index=ignore)
 
 
@@ -106,9 +106,9 @@ def values_and_gradients(function, inputs: list[Tensor], seed: int = 0) -> list[
     return outputs + [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)]
 
 
-def assert_near(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """Root mean square error against float64 at most twice the plain op's at the same precision, plus one unit in the last place of the
-    largest value. (Of a few elements the largest error is a matter of luck.)
+def assert_near(got: list[Tensor], plain: list[Tensor], exact: list[Tensor], units: float = 4.0) -> None:
+    """Errors against float64, the root mean square and the largest, at most twice the plain op's at the same precision, plus one unit in
+    the last place of the largest value (for the largest error ``units``: of a few elements it is a matter of luck).
 
     The unit is that of the least precise tensor, and the largest value that of all outputs and gradients: a gradient that cancels is
     made of terms of that size.
@@ -117,8 +117,14 @@ def assert_near(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> 
     for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
         assert g.shape == e.shape
         if e.numel():
-            error, allowed = float((g - e).detach().square().mean().sqrt()), 2 * float((p - e).detach().square().mean().sqrt()) + ulp
-            assert error <= allowed, (i, error, allowed)
+            mine, others = (g - e).detach(), (p - e).detach()
+            for size, more in ((lambda error: error.square().mean().sqrt(), ulp), (lambda error: error.abs().max(), units * ulp)):
+                assert float(size(mine)) <= 2 * float(size(others)) + more, (i, float(size(mine)), float(size(others)), ulp)
+
+
+def assert_strictly_near(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """One unit for the largest error too: what kernels must reach."""
+    assert_near(got, plain, exact, units=1.0)
 
 
 def assert_exact(got: list[Tensor], exact: list[Tensor], tolerance: float = 1e-11) -> None:

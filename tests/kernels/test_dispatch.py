@@ -1,4 +1,4 @@
-"""Dispatch and bad arguments: what runs is said, what cannot run is refused by the argument's name."""
+"""Dispatch and bad values: what runs is said, what cannot run is refused by the argument's name. Bad tensors: test_bad_input."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ Q, KV = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2, 8)
 X, GATE_UP, DOWN = torch.zeros(3, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
 INDICES, WEIGHTS, LABELS = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
 COS = torch.zeros(4, 4)
-LSE, SPAN = torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64)
 
 
 def cu(*ends: int) -> torch.Tensor:
@@ -18,49 +17,31 @@ def cu(*ends: int) -> torch.Tensor:
 
 
 BAD = {
-    "q_BSHD is torch.int64": lambda: rk.attention(Q.long(), KV, KV),
-    "k_BSGD is torch.float64": lambda: rk.attention(Q, KV.double(), KV),
-    "k_BSGD is on meta": lambda: rk.attention(Q, KV.to("meta"), KV),
-    "v_BSGE has shape": lambda: rk.attention(Q, KV, KV[:, :3]),
-    "q_BSHD has shape": lambda: rk.attention(Q[0], KV, KV),
     "q_BSHD has 3 heads": lambda: rk.attention(Q[:, :, :3], KV, KV),
     "window=0": lambda: rk.attention(Q, KV, KV, window=0),
     "cu_seqlens is torch.int64": lambda: rk.attention(Q, KV, KV, cu(0, 4, 8).long()),
     "cu_seqlens goes": lambda: rk.attention_with_lse(Q, KV, KV, cu(0, 4, 7)),
     "cu_seqlens has shape": lambda: rk.attention(Q, KV, KV, cu(0, 8)),
     "cu_seqlens misses the start of a row": lambda: rk.attention(Q, KV, KV, cu(0, 3, 5, 8)),
-    "lse_BHS is torch.int64": lambda: rk.span_attention_backward(Q, Q, KV, KV, Q, LSE.long(), SPAN, SPAN),
-    "out_BSHE is torch.float32 on meta": lambda: rk.span_attention_backward(Q, Q, KV, KV, Q.to("meta"), LSE, SPAN, SPAN),
     "top_k=5": lambda: rk.route(torch.zeros(2, 4), top_k=5),
     "num_groups=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, num_groups=3),
     "top_groups=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, num_groups=2, top_groups=3),
     "scoring='tanh'": lambda: rk.route(torch.zeros(2, 4), top_k=1, scoring="tanh"),
     "bias_E is torch.bfloat16": lambda: rk.route(torch.zeros(2, 4), torch.zeros(4).bfloat16(), top_k=1),
-    "bias_E has shape": lambda: rk.route(torch.zeros(2, 4), torch.zeros(3), top_k=1),
-    "bias_E is on meta": lambda: rk.route(torch.zeros(2, 4), torch.zeros(4, device="meta"), top_k=1),
     "sequences=3": lambda: rk.route(torch.zeros(2, 4), top_k=1, sequences=3),
     "given_TK is torch.int32": lambda: rk.route(torch.zeros(2, 4), top_k=1, given_TK=torch.zeros(2, 1, dtype=torch.int32)),
     "given_TK has shape": lambda: rk.route(torch.zeros(2, 4), top_k=2, given_TK=torch.zeros(2, 1, dtype=torch.int64)),
-    "logits_TE is torch.int64": lambda: rk.route(torch.zeros(2, 4).long(), top_k=1),
     "w_gate_up_EFD has 12 rows": lambda: rk.experts(X, GATE_UP, DOWN[:, :, :5], INDICES, WEIGHTS),
-    "w_down_EDF is torch.float64": lambda: rk.experts(X, GATE_UP, DOWN.double(), INDICES, WEIGHTS),
     "indices_TK is torch.int32": lambda: rk.experts(X, GATE_UP, DOWN, INDICES.int(), WEIGHTS),
     "indices_TK spans": lambda: rk.experts(X, GATE_UP, DOWN, INDICES + 4, WEIGHTS),
     "weights_TK is torch.bfloat16": lambda: rk.experts(X, GATE_UP, DOWN, INDICES, WEIGHTS.bfloat16()),
-    "weights_TK is on meta": lambda: rk.experts(X, GATE_UP, DOWN, INDICES, WEIGHTS.to("meta")),
-    "weights_TK has shape": lambda: rk.experts(X, GATE_UP, DOWN, INDICES, WEIGHTS[:, :1]),
-    "rms_norm: x has shape": lambda: rk.rms_norm(X, torch.zeros(7), 1e-6),
     "weight is torch.bfloat16": lambda: rk.rms_norm(X, torch.zeros(8).bfloat16(), 1e-6),
-    "residual has shape": lambda: rk.rms_norm_residual(X, X[:2], torch.zeros(8), 1e-6),
     "heads of width 7": lambda: rk.rotary(Q[..., :7], COS, COS),
-    "cos has shape": lambda: rk.rotary(Q, COS[:3], COS),
     "sin is torch.float64": lambda: rk.rotary(Q, COS, COS.double()),
-    "sin is on meta": lambda: rk.rotary(Q, COS, COS.to("meta")),
     "gate_up has shape": lambda: rk.swiglu(torch.zeros(3, 7)),
     "labels_T holds 9": lambda: rk.linear_cross_entropy(X, torch.zeros(9, 8), LABELS + 9),
     "labels_T holds -100": lambda: rk.linear_cross_entropy_partials(X, torch.zeros(9, 8), LABELS - 100),
     "labels_T is torch.int32": lambda: rk.linear_cross_entropy(X, torch.zeros(9, 8), LABELS.int()),
-    "w_VD has shape": lambda: rk.linear_cross_entropy(X, torch.zeros(9, 7), LABELS),
     "w_VD has no rows": lambda: rk.linear_cross_entropy_partials(X[:0], torch.zeros(0, 8), LABELS[:0]),
 }
 

@@ -47,6 +47,16 @@ def test_a_configuration_that_spills_fails(check):
     assert "spills" in done.stdout, done.stdout + done.stderr
 
 
+def test_the_record_is_of_what_is_shipped():
+    """``benchmarks/hopper.py`` writes it: whoever changes a table or a variant compiles everything."""
+    if find_spec("triton") is None:
+        missing(HOW_TO_GET)
+    written = json.loads((ROOT / "benchmarks" / "results" / "hopper_check.json").read_text())
+    found = {(shipped.table, f"{variant.label}, {bucket}") for shipped, variant, bucket in hopper_check.configurations([], quick=False)}
+    assert {(kernel["kernel"], kernel["config"]) for kernel in written["kernels"]} == found
+    assert not written["failed"] and all(kernel["passed"] for kernel in written["kernels"])
+
+
 def test_numbers_of_tokens_are_no_part_of_a_compilations_key():
     """They are neither constants nor looked at for being 1 or a multiple of 16."""
     if find_spec("triton") is None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -84,7 +86,14 @@ def test_failures_are_on_record_too(layouts_config, tmp_path):
     assert [result.passed for result in results] == [False, True] and "planted in rank 1" in results[0].culprit
 
 
-def _started(layouts_config, record):
+@pytest.fixture
+def scratch():
+    """For the command's own files; short, because sockets' paths must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _started(layouts_config, record, scratch):
     """The command over a lattice, with two results on record."""
     command = [
         sys.executable,
@@ -100,16 +109,17 @@ def _started(layouts_config, record):
     ]
     # Whoever started the tests in the background, or under nohup, had them ignore the signal; the command must not.
     attentive = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=attentive)
+    settled = os.environ | {"TMPDIR": str(scratch)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=attentive, env=settled)
     while not (record.exists() and record.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.05)
     return process
 
 
-def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path):
+def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path, scratch):
     record = tmp_path / "lattice.jsonl"
-    process = _started(layouts_config, record)
+    process = _started(layouts_config, record, scratch)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from" in told and "Traceback" not in told
@@ -118,8 +128,8 @@ def test_control_c_ends_it_and_says_how_to_go_on(layouts_config, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process table from /proc")
-def test_a_killed_command_leaves_no_rank_behind(layouts_config, tmp_path):
-    process = _started(layouts_config, tmp_path / "lattice.jsonl")
+def test_a_killed_command_leaves_no_rank_behind(layouts_config, tmp_path, scratch):
+    process = _started(layouts_config, tmp_path / "lattice.jsonl", scratch)
     assert len(_of_session(process.pid)) >= 4
     process.kill()
     process.wait()
@@ -128,6 +138,7 @@ def test_a_killed_command_leaves_no_rank_behind(layouts_config, tmp_path):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
     process.stderr.close()
+    assert not list(scratch.glob("refractor-*"))  # nor a folder
 
 
 def _of_session(session: int) -> list[int]:

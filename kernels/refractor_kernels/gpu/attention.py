@@ -67,27 +67,9 @@ def _forward(
         begin = low if part == 0 else (whole_low if part == 1 else whole_high)
         end = tl.minimum(whole_low, high) if part == 0 else (whole_high if part == 1 else high)
         total, top, sums = _forward_blocks(
-            total,
-            top,
-            sums,
-            q,
-            k_base,
-            v_base,
-            first,
-            last,
-            begin,
-            end,
-            keys,
-            k_row,
-            v_row,
-            folded,
-            part != 1,
-            BLOCK_N,
-            D,
-            E,
-            REAL_D,
-            REAL_E,
-        )
+            total, top, sums, q, k_base, v_base, first, last, begin, end, keys, k_row, v_row, folded,
+            part != 1, BLOCK_N, D, E, REAL_D, REAL_E,
+        )  # fmt: skip
     out = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     store_rows(out_BSHE + (batch * queries * heads + head) * REAL_E, tile * BLOCK_M, queries, heads * REAL_E, out, BLOCK_M, E, REAL_E)
     tl.store(lse_BHS + (batch * heads + head) * queries + row, (top + tl.log2(total)) * 0.6931471805599453, mask=real)

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import Shipped, Variant, both
 
 NOWHERE = tl.constexpr(2**30)
+FARTHEST = 2**31 // 256
+"""Elements between neighbouring rows, of which a tile has at most 256: offsets within a tile are 32-bit."""
 
 
 @triton.jit
@@ -38,8 +40,8 @@ def span(first_BS, last_BS, at, real, keys):
 
 
 def strided(*tensors: Tensor) -> list[Tensor]:
-    """Any strides will do, as long as the elements of a head are neighbours."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    """Any strides will do, as long as the elements of a head are neighbours and the rows of a tile within 2³¹ elements."""
+    return [t if t.stride(-1) == 1 and t.stride(1) < FARTHEST else t.contiguous() for t in tensors]
 
 
 def shipped(table: str, kernel, outputs: tuple[str, ...]) -> Shipped:
@@ -54,4 +56,4 @@ def shipped(table: str, kernel, outputs: tuple[str, ...]) -> Shipped:
     pointers = ("q_BSHD", "k_BKGD", "v_BKGE", "out_BSHE", "grad_BSHE", "grad_q_BSHD", "grad_k_BKGD", "grad_v_BKGE")
     bf16 = types | {name: "*bf16" for name in pointers if name in names}
     wide = bf16 | {name: "*fp32" for name in outputs}
-    return Shipped(table, kernel, (Variant("bf16", bf16, constants), Variant("bf16 to float32", wide, constants)), work="multiplies")
+    return Shipped(table, kernel, both(Variant("bf16", bf16, constants), Variant("bf16 to float32", wide, constants)), work="multiplies")

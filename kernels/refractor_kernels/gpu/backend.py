@@ -26,6 +26,16 @@ HINDRANCE = _hindrance()
 """Why no kernel can run in this process, or None."""
 
 
+def unsupported(device: torch.device) -> str | None:
+    """Why there are no tables for this device, or None."""
+    if INTERPRETED:
+        return None
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    if properties.major == 9:
+        return None
+    return f"compute capability is {properties.major}.{properties.minor}, and the tuning tables are for 9.0"
+
+
 def refusal(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], table: str, **sizes: int) -> str | None:
     """Why no shipped configuration of ``table`` runs on ``x``, or None.
 
@@ -35,10 +45,8 @@ def refusal(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], table: str, *
     """
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"{name} is on {x.device.type}"
-    if not INTERPRETED:
-        properties = torch.cuda.get_device_properties(x.device)  # a constant to torch.compile
-        if properties.major != 9:
-            return f"compute capability is {properties.major}.{properties.minor}, and the tuning tables are for 9.0"
+    if (told := unsupported(x.device)) is not None:
+        return told
     if x.dtype not in dtypes:
         return f"{name} is {x.dtype}"
     return tables.misfit(table, **sizes)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refractor_kernels.gpu import tables
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import Shipped, Variant, both
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -56,4 +56,4 @@ def _variant(weighted: bool) -> Variant:
 
 
 # With each 16 bytes come the row's number and its weight, of 4 bytes each, which all threads read from one place.
-SHIPPED = (Shipped("combine", _combine, (_variant(True), _variant(False)), wide_share=0.6),)
+SHIPPED = (Shipped("combine", _combine, both(_variant(True), _variant(False)), wide_share=0.6),)

@@ -8,17 +8,14 @@ P·(D + 3F) of the up projection, P·(F + D) of the down projection, P·D + T·D
 Legend: T tokens, K experts per token, E experts, D model, F expert width, G = 2F, P rows: T·K of them, the kept pairs first.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refractor_kernels.experts import Defer, Gradients, added
 from refractor_kernels.gpu import backend, grouped, pairs, tables
 from refractor_kernels.gpu.combine import combine
 from refractor_kernels.gpu.outer import outer
-
-Defer = Callable[[Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor | None, Tensor | None]]
 
 
 @torch.library.custom_op("refractor::experts", mutates_args=())
@@ -60,6 +57,22 @@ def _weight_gradients(
     return outer(grad_pre_PG, x_TD.contiguous(), sorted_, "right"), outer(grad_TD.contiguous(), act_PF, sorted_, "left")
 
 
+@torch.library.custom_op("refractor::experts_weight_gradients_added", mutates_args=("main_gate_up_EGD", "main_down_EDF"))
+def _weight_gradients_added(
+    x_TD: Tensor, grad_TD: Tensor, grad_pre_PG: Tensor, act_PF: Tensor, token_P: Tensor, weight_P: Tensor, row_TK: Tensor, start_E1: Tensor,
+    main_gate_up_EGD: Tensor, main_down_EDF: Tensor,
+) -> None:  # fmt: skip
+    """The same, added to float32."""
+    sorted_ = pairs.Pairs(token_P, weight_P, row_TK, start_E1)
+    outer(grad_pre_PG, x_TD.contiguous(), sorted_, "right", main_gate_up_EGD)
+    outer(grad_TD.contiguous(), act_PF, sorted_, "left", main_down_EDF)
+
+
+@_weight_gradients_added.register_fake
+def _(*tensors):
+    return None
+
+
 @_forward.register_fake
 def _(x_TD, w_gate_up_EGD, w_down_EDF, index_TK, weight_TK):
     (experts, width, hidden), (tokens, top_k) = w_down_EDF.shape, index_TK.shape
@@ -96,11 +109,19 @@ class _Experts(torch.autograd.Function):
         x_TD, w_gate_up_EGD, w_down_EDF, pre_PG, *sorted_ = ctx.saved_tensors
         grad_x, grad_weight, grad_pre_PG, act_PF = _backward(grad_TD, w_gate_up_EGD, w_down_EDF, pre_PG, *sorted_)
 
-        def make():
-            return _weight_gradients(x_TD, grad_TD, grad_pre_PG, act_PF, *sorted_)
+        wanted = ctx.needs_input_grad[1:3]
+
+        def make(into: tuple[Tensor, Tensor] | None = None) -> Gradients:
+            given = (x_TD, grad_TD, grad_pre_PG, act_PF, *sorted_)
+            if into is None:
+                return _weight_gradients(*given)
+            if all(wanted) and all(main.dtype == torch.float32 and main.is_contiguous() for main in into):
+                _weight_gradients_added(*given, *into)
+                return None, None
+            return added(into, *(gradient if own else None for own, gradient in zip(wanted, _weight_gradients(*given), strict=True)))
 
         grad_gate_up = grad_down = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if any(wanted):
             grad_gate_up, grad_down = make() if ctx.defer is None else ctx.defer(make)
         return grad_x, grad_gate_up, grad_down, None, grad_weight, None
 
@@ -120,6 +141,8 @@ def _refuse(
     refused = backend.refusal("x_TD", x_TD, dtypes, "sort_count", experts=experts) or tables.misfit("combine", top_k=index_TK.shape[1])
     if refused is None and (not width or not hidden or width % 8 or hidden % 8):
         return f"w_down_EDF has widths {width} and {hidden}, and TMA wants multiples of 8"
+    if refused is None and index_TK.numel() >= 2**31:
+        return f"there are {index_TK.numel()} pairs, and rows are counted in 32 bits"
     for name, weight in (("w_gate_up_EFD", w_gate_up_EGD), ("w_down_EDF", w_down_EDF)):
         if refused is None and not weight.is_contiguous():
             return f"{name} is not contiguous, as TMA wants it"

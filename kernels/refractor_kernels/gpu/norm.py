@@ -167,10 +167,10 @@ OPS = {
 
 
 def _variants(forward: bool) -> tuple[Variant, ...]:
-    """bf16 and float32, with and without the residual."""
+    """In each dtype, with and without the residual."""
     tensors = "x_RD residual_RD weight_D y_RD total_RD" if forward else "grad_RD grad_total_RD x_RD weight_D grad_x_RD"
     found = []
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bf16", "fp16", "fp32"):
         types = dict.fromkeys(tensors.split(), f"*{dtype}") | {"scale_R": "*fp32", "rows": "i32", "columns": "i32:16"}
         types |= {"eps": "fp32"} if forward else {"partial_PD": "*fp32"}
         for residual in (False, True):

@@ -46,7 +46,7 @@ def _count(index_TK, weight_TK, count_CE, pairs, experts, PAIRS: tl.constexpr, B
     _, _, expert, _, kept = _chunk(index_TK, weight_TK, pairs, PAIRS)
     bins = tl.arange(0, BINS)
     counts = tl.histogram(tl.where(kept, expert, 0), BINS, mask=kept)
-    tl.store(count_CE + tl.program_id(0) * experts + bins, counts, mask=bins < experts)
+    tl.store(count_CE + tl.program_id(0).to(tl.int64) * experts + bins, counts, mask=bins < experts)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -58,7 +58,7 @@ def _place(
     earlier = (expert[:, None] == expert[None, :]) & (at[None, :] < at[:, None]) & kept[None, :]
     row = tl.sum(earlier.to(tl.int32), axis=1)
     row += tl.load(start_E1 + expert, mask=kept, other=0)
-    row += tl.load(before_CE + tl.program_id(0) * experts + expert, mask=kept, other=0)
+    row += tl.load(before_CE + tl.program_id(0).to(tl.int64) * experts + expert, mask=kept, other=0)
     tl.store(token_P + row, at // top_k, mask=kept)
     tl.store(weight_P + row, weight, mask=kept)
     tl.store(row_TK + at, tl.where(kept, row, -1), mask=inside)

@@ -96,7 +96,7 @@ SHIPPED = (
                 | dict.fromkeys(("heads", "angles", "batch_stride", "token_stride", "head_stride", "angle_batch_stride"), "i32:16"),
                 {"INTERLEAVED": interleaved, "BACK": back},
             )
-            for dtype in ("bf16", "fp32")
+            for dtype in ("bf16", "fp16", "fp32")
             for interleaved in (False, True)
             for back in (False, True)
         ),

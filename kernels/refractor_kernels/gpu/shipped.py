@@ -19,6 +19,15 @@ class Variant:
     constants: dict[str, Any] = field(default_factory=dict)
 
 
+def both(*variants: Variant) -> tuple[Variant, ...]:
+    """Each in bf16, as given, and in fp16."""
+    found = []
+    for variant in variants:
+        types = {name: kind.replace("bf16", "fp16") for name, kind in variant.types.items()}
+        found += [variant, Variant(variant.label.replace("bf16", "fp16"), types, variant.constants)]
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Shipped:
     """A kernel, the name of its table, and its specialisations.

@@ -96,7 +96,7 @@ OPS = {"swiglu": (_swiglu, _refuse)}
 
 def _variants(*tensors: str) -> tuple[Variant, ...]:
     sizes = {"rows": "i32", "columns": "i32:16"}
-    return tuple(Variant(dtype, dict.fromkeys(tensors, f"*{dtype}") | sizes) for dtype in ("bf16", "fp32"))
+    return tuple(Variant(dtype, dict.fromkeys(tensors, f"*{dtype}") | sizes) for dtype in ("bf16", "fp16", "fp32"))
 
 
 SHIPPED = (

@@ -30,7 +30,8 @@ def remove_contaminated(cleaning: Cleaning, folder: Path) -> None:
                 overlap, document = Overlap(**found), cleaning.corpus.document(number)
                 stage = "decontamination" if config.action == "drop" else "contaminated"
                 row = removal(document, stage, f"overlap_{overlap.set}", overlap.ngrams, config.min_overlap)
-                audit.add(replace(row, detail=f"{overlap.item}: {shared}"))
+                lost = row.bytes if config.action == "drop" else None
+                audit.add(replace(row, detail=f"{overlap.item}: {shared}", bytes=lost))
                 gone.append(number)
     if config.action == "drop":
         np.save(folder / REMOVED, np.array(gone, np.int64))

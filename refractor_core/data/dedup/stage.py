@@ -8,7 +8,7 @@ from shutil import rmtree
 import numpy as np
 
 from refractor_core.config.data import DataConfig, DeduplicationConfig
-from refractor_core.data.audit import AuditWriter, Removal
+from refractor_core.data.audit import EXCERPT, AuditWriter, Removal
 from refractor_core.data.cleaning import AUDIT, REMOVED, Cleaning
 from refractor_core.data.corpus import Corpus, Segment
 from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, sources_of, texts_of, waves
@@ -20,6 +20,9 @@ from refractor_core.data.dedup.sketches import SIGNATURES, Sketches, sketch, wri
 from refractor_core.data.dedup.verify import verified
 from refractor_core.data.pool import Watch
 from refractor_core.data.progress import stage_bar
+
+BEFORE = 40
+"""Bytes that an excerpt of a near-duplicate shows before the first difference."""
 
 
 def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
@@ -55,7 +58,8 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
     near_rows = zip(near.removed.tolist(), near.similarity.tolist(), near.kept.tolist())
     rows += [(gone, "near", "jaccard", value, config.threshold, int(ids[twin])) for gone, value, twin in near_rows]
     rows += [(gone, "known", "estimated_jaccard", value, config.threshold, twin) for gone, value, twin in known]
-    _write_removals(folder, cleaning, ids, sorted(rows, key=lambda row: row[0]), texts)
+    twins = dict(zip(near.removed.tolist(), near.kept.tolist()))
+    _write_removals(folder, cleaning, ids, sorted(rows, key=lambda row: row[0]), texts, twins)
 
 
 def keep_sketches(cleaning: Cleaning, folder: Path) -> None:
@@ -106,11 +110,25 @@ def _describer(corpus: Corpus, names: Sequence[str], texts: Texts) -> Callable[[
     return describe
 
 
-def _write_removals(folder: Path, cleaning: Cleaning, ids: np.ndarray, rows: list[tuple], texts: Texts) -> None:
-    """Rows of (number, stage, rule, value, threshold, id of the twin), by number."""
+def excerpt(removed: bytes, kept: bytes) -> str:
+    """A near-duplicate for the reader of its audit row, from a little before where it begins to differ: often both begin alike.
+
+    What stands before the difference is cut off behind "… ", and is more than ``BEFORE`` bytes long.
+    """
+    both = min(len(removed), len(kept))
+    differs = np.frombuffer(removed, np.uint8, both) != np.frombuffer(kept, np.uint8, both)
+    first = int(differs.argmax()) if differs.any() else both
+    begin = removed.rfind(b" ", 0, max(0, first - BEFORE)) + 1
+    text = removed[begin : begin + 4 * EXCERPT].decode(errors="ignore")
+    return ("… " + text if begin else text)[:EXCERPT]
+
+
+def _write_removals(folder: Path, cleaning: Cleaning, ids: np.ndarray, rows: list[tuple], texts: Texts, twins: dict[int, int]) -> None:
+    """Rows of (number, stage, rule, value, threshold, id of the twin), by number; ``twins`` are the numbers of those of near-duplicates."""
     removed = np.array([row[0] for row in rows], np.int64)
     np.save(folder / REMOVED, removed)
     with AuditWriter(folder / AUDIT) as audit:
         for (number, name, path), (_, *told, twin) in zip(named(cleaning, removed), rows):
-            beginning, size = texts.beginning(number), len(texts(number))
-            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, f"{twin:016x}", beginning, size))
+            text = texts(number)
+            detail = excerpt(text, texts(twins[number])) if number in twins else texts.beginning(number)
+            audit.add(Removal(f"{ids[number]:016x}", name, path, *told, f"{twin:016x}", detail, len(text)))

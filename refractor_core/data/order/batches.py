@@ -104,7 +104,7 @@ class BatchPlan:
         Raises:
             ValueError: the curriculum does not reach ``step``, or a store holds what is no token.
         """
-        import torch  # here, since whoever only describes batches has no room for it
+        import torch  # not before: who lays out stages, as the report of a build does, needs none
 
         assert 0 <= rank < world, f"rank {rank} of {world}"
         stage = self._stage(step)

@@ -195,6 +195,9 @@ class Layout:
         """int64 [sources] samples in a period of documents, of which the stage reads that many tokens."""
         mixture, there = self._config.data.mixture, [int(bands[wanted].sum()) for bands in self._bands]
         explicit = stage.shares if stage.shares is not None else mixture.shares if stage.temperature is None else None
+        if explicit is None and not wanted.all():  # a source that has hardly any documents of the lengths wanted sits the stage out
+            enough = [have if have >= stage.sequence_length else 0 for have in there]
+            there = enough if any(enough) else there
         weights = temperature_weights(there, stage.temperature or mixture.temperature)
         if explicit is not None:
             weights = [explicit.get(name, 0.0) for name in self._names]

@@ -12,6 +12,8 @@ HEAD = 4096
 LICENSE_BYTES = 1 << 18
 SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9(][A-Za-z0-9.+() \t-]*)")
 LICENSE_FILE = re.compile(r"(un)?licen[cs]es?([._-].*)?$|.*[._-]licen[cs]e(\.(txt|md|rst))?$|copying([._-].*)?$", re.IGNORECASE)
+SPACED = re.compile(r"\b(BSD|L?GPL|AGPL|MPL|EPL|Apache|CC0) v?(?=[0-9])")
+"""Identifiers have no blanks, whatever headers write."""
 TITLES = (
     ("LGPL-3.0", "gnu lesser general public license version 3, 29 june 2007"),
     ("LGPL-2.1", "gnu lesser general public license version 2.1, february 1999"),
@@ -31,7 +33,7 @@ TITLE = 400
 def spdx_header(text: str) -> str:
     """The expression of a file's own header; empty if it has none."""
     found = SPDX.search(text[:HEAD])
-    return " ".join(found[1].rstrip(" \t-").split()) if found else ""
+    return SPACED.sub(r"\1-", " ".join(found[1].rstrip(" \t-").split())) if found else ""
 
 
 def folder_license(folder: Path, names: list[str]) -> str:

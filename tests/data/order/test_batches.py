@@ -342,9 +342,12 @@ def test_a_source_shorter_than_a_sequence_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match=rf"curriculum.stages.1.sequence_length = {tokens + 1}: source 'small' .* only {tokens} training"):
         BatchPlan(dataset, config(curriculum={"stages": stages}))
     BatchPlan(dataset, config(curriculum={"stages": [stages[0], {**stages[1], "shares": {"large": 1}}]})).batch(8)
-    long = {"until_step": 5, "sequence_length": 3000, "min_document_tokens": 150}
-    with pytest.raises(ValueError, match="source 'middle' .* in documents of 150 to any number of"):
-        BatchPlan(dataset, config(curriculum={"stages": [long]}))
+    long = {"until_step": 5, "sequence_length": 3050, "min_document_tokens": 40}
+    (stage,) = BatchPlan(dataset, config(curriculum={"stages": [long]})).describe()
+    assert stage["sources"]["middle"]["target"] == 0 == stage["sources"]["middle"]["sequences"], "it sits the stage out"
+    for refused in ({**long, "shares": {"large": 1, "middle": 1}}, {**long, "min_document_tokens": 150}):
+        with pytest.raises(ValueError, match="source 'middle' .* in documents of (40|150) to any number of"):
+            BatchPlan(dataset, config(curriculum={"stages": [refused]}))
 
 
 def test_epochs_are_limited_and_what_is_cut_off_goes_to_the_others(dataset: Dataset) -> None:

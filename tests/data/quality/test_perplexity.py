@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from refractor_core.config.quality import PerplexityConfig
 from refractor_core.data import Dataset, build
-from refractor_core.data.inspect import describe_funnel, funnel
+from refractor_core.data.inspect import describe_funnel
 from refractor_core.data.quality import perplexity
 from refractor_core.data.quality.language import Identified
 from refractor_core.data.quality.perplexity import cut
+from refractor_core.data.summary import Audit, funnel
 from tests.data.corpora import run_config, words, write_jsonl
 
 
@@ -68,7 +69,7 @@ def test_the_tail_goes_with_its_value_and_threshold(tmp_path: Path, monkeypatch:
     assert not kept & gone and len(kept) + len(gone) == 85
     high = corpus(tmp_path / "c", {"max_value": threshold})
     assert {row["rule"] for row in high.audit().to_pylist()} == {"max_value"}
-    rows = {(row["source"], row["stage"]): row for row in funnel(cut_off)}
+    rows = {(row["source"], row["stage"]): row for row in funnel(cut_off, Audit.of(cut_off))}
     assert rows["web", "found"]["documents"] == 80 and rows["web", "perplexity"]["removed_documents"] == len(gone)
     assert rows["web", "kept"]["documents"] == 80 - len(gone) == rows["web", "perplexity"]["documents"]
     assert rows["web", "found"]["bytes"] == sum(row["bytes"] for row in whole.documents().to_pylist() if row["source"] == "web")

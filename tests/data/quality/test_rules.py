@@ -1,5 +1,6 @@
 """A rule removes what is outside its bounds, of the documents that it holds for; the default rules let sound texts pass."""
 
+import numpy as np
 import pytest
 
 from refractor_core.config.languages import UNSPACED
@@ -54,18 +55,47 @@ def test_both_sides_of_every_threshold(signal: str) -> None:
 def test_a_rule_holds_for_its_documents_only() -> None:
     def broken(rule: dict, domain: str, language: str) -> Violation | None:
         config = run_config("unused", data__filters={"rules": [], "extra_rules": [{"signal": "bytes", "min": 2, **rule}]}).data
-        return Rules(config).violation([1.0] * len(SIGNALS), domain, language)
+        return Rules(config).violation([1.0] * len(SIGNALS), domain[0], domain, language)
 
     assert broken({}, "prose", "en") == Violation("min_bytes", 1, 2)
     for rule, holds in {
         (("kind", "prose"),): {("prose", "en"), ("prose", "zh"), ("web", "en")},
         (("kind", "code"),): {("code", "")},
         (("domains", ("web", "code")),): {("web", "en"), ("code", "")},
+        (("sources", ("w", "p")), ("domains", ("web", "code"))): {("web", "en")},
         (("languages", ("eng",)),): {("prose", "en"), ("web", "en")},
         (("except_languages", ("zh",)), ("kind", "prose")): {("prose", "en"), ("web", "en")},
     }.items():
         places = [("prose", "en"), ("prose", "zh"), ("web", "en"), ("code", "")]
         assert {place for place in places if broken(dict(rule), *place)} == holds
+
+
+def test_of_several_rules_on_one_bound_the_last_counts_and_the_audit_tells_which() -> None:
+    rules = [{"signal": "bytes", "min": 200, "max": 300}, {"signal": "words", "min": 30}]
+    extra = [{"signal": "bytes", "min": 20, "domains": ["social", "web"]}, {"signal": "bytes", "min": 1, "sources": ["chat"]}]
+    chosen = Rules(run_config("unused", data__filters={"rules": rules, "extra_rules": extra}).data)
+
+    def broken(size: float, words: float, source: str, domain: str) -> Violation | None:
+        values = np.zeros(len(SIGNALS))
+        values[[PLACES["bytes"], PLACES["words"]]] = size, words
+        return chosen.violation(values, source, domain, "en")
+
+    assert broken(100, 50, "books", "prose") == Violation("min_bytes", 100, 200)
+    assert broken(100, 50, "tweets", "social") is None and broken(10, 50, "chat", "social") is None
+    assert broken(10, 50, "tweets", "social") == Violation("min_bytes:social", 10, 20)
+    assert broken(0, 50, "chat", "social") == Violation("min_bytes:chat", 0, 1)
+    assert broken(400, 50, "chat", "social") == Violation("max_bytes", 400, 300), "the other bound is as it was"
+    assert broken(100, 5, "tweets", "social") == Violation("min_words", 5, 30), "and so is another signal"
+
+
+def test_rules_of_the_web_are_stricter_than_those_of_all() -> None:
+    """Where one replaces another; both held before the last one counted."""
+    prose = [rule for rule in RULES if rule.kind != "code"]
+    bounds = [(rule.signal, bound) for rule in prose for bound in ("min", "max") if getattr(rule, bound) is not None]
+    twice = {key for key in bounds if bounds.count(key) > 1}
+    assert twice == {("duplicate_line_character_share", "max")}
+    general, web = [rule for rule in prose if rule.signal == "duplicate_line_character_share"]
+    assert general.domains is None and web.domains == ("web",) and web.max < general.max
 
 
 BROKEN = {
@@ -107,9 +137,9 @@ def test_default_rules_remove_what_they_name(rule: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "domain", "text"),
     [
-        ("min_terminal_line_share", "web", "\n".join(PROSE.replace(".", "").split(","))),
-        ("max_short_line_share", "web", "\n".join(" ".join(PROSE.split()[i : i + 4]) + "." for i in range(0, 90, 4))),
-        ("max_newlines_per_word", "web", "\n".join(PROSE.split())),
+        ("min_terminal_line_share:web", "web", "\n".join(PROSE.replace(".", "").split(","))),
+        ("max_short_line_share:web", "web", "\n".join(" ".join(PROSE.split()[i : i + 4]) + "." for i in range(0, 90, 4))),
+        ("max_newlines_per_word:web", "web", "\n".join(PROSE.split())),
         ("max_max_line_length", "code", CODE + "x = [" + "1, " * 1000 + "]"),
         ("max_mean_line_length", "code", "\n".join(["x = " + "1 + " * 50 + str(number) for number in range(9)])),
         ("min_alphanumeric_share", "code", CODE + "+-*/()[]{}" * 200),
@@ -117,7 +147,7 @@ def test_default_rules_remove_what_they_name(rule: str) -> None:
     ],
 )
 def test_default_rules_of_the_web_and_of_code(rule: str, domain: str, text: str) -> None:
-    signal = rule.partition("_")[2]
+    signal = rule.partition("_")[2].partition(":")[0]
     own = [each.model_dump() for each in RULES if each.signal == signal and (each.kind == "code" or domain in (each.domains or ()))]
     assert first(text, own, domain) == rule and first(CODE if domain == "code" else PROSE, own, domain) is None
 

@@ -79,6 +79,8 @@ def test_the_header_comes_before_the_nearest_licence_file_before_the_key(tmp_pat
 def test_headers_end_with_their_comment() -> None:
     assert spdx_header("<!-- SPDX-License-Identifier: MIT -->") == "MIT"
     assert spdx_header("# SPDX-License-Identifier: (MIT OR Apache-2.0)\nimport x") == "(MIT OR Apache-2.0)"
+    assert spdx_header("// SPDX-License-Identifier: BSD 3-Clause\n// or Apache v2.0") == "BSD-3-Clause"
+    assert spdx_header("SPDX-License-Identifier: GPL v2.0 OR Apache 2.0") == "GPL-2.0 OR Apache-2.0"
     assert spdx_header("nothing") == ""
 
 

@@ -11,7 +11,7 @@ from refractor_kernels.gpu import tables
 from tests.kernels import oracles
 from tests.kernels.test_cross_entropy import problem
 
-FEW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +33,11 @@ def check(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     got = oracles.values_and_gradients(run, inputs)
     assert all(g.isfinite().all() for g in got)
     exact = [inputs[0].double(), inputs[1].double(), inputs[2]]
-    oracles.assert_near(got, oracles.values_and_gradients(plain, inputs), oracles.values_and_gradients(plain, exact))
+    oracles.assert_strictly_near(got, oracles.values_and_gradients(plain, inputs), oracles.values_and_gradients(plain, exact))
     return got
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @FEW
 @given(tokens=st.sampled_from([0, 1, 33, 130]), vocabulary=st.sampled_from([1, 7, 250, 600]), width=st.sampled_from([8, 72]),
        ignored=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
@@ -72,7 +72,7 @@ def test_slices_of_the_vocabulary_add_up_also_for_a_z_loss():
 
     both = lambda x, w, labels: plain(x, w, labels) + 0.1 * (x @ w.T).logsumexp(-1).square()  # noqa: E731
     exact = oracles.values_and_gradients(both, [inputs[0].double(), inputs[1].double(), inputs[2]])
-    oracles.assert_near(oracles.values_and_gradients(sliced, inputs), oracles.values_and_gradients(both, inputs), exact)
+    oracles.assert_strictly_near(oracles.values_and_gradients(sliced, inputs), oracles.values_and_gradients(both, inputs), exact)
 
 
 def test_large_logits_stay_finite_and_a_far_label_costs_what_it_should():

@@ -3,7 +3,7 @@
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from refractor_kernels.gpu import attention, attention_backward, combine, grouped, head, norm, outer, rotary, swiglu
+from refractor_kernels.gpu import attention, attention_backward, combine, grouped, head, norm, outer, pairs, rotary, swiglu
 from tests.kernels import oracles
 from tests.kernels.interpreted.far import Before, along_the_grid
 
@@ -93,6 +93,26 @@ def test_grouped_gemm_and_weight_gradients():
             GATHER="right", ACCUMULATE=False, **SIZES,
         )  # fmt: skip
     torch.testing.assert_close(made, grad_pre.T @ x)
+
+
+def test_sort():
+    """The last chunk of nearly 2³¹ pairs, with counts of 512 experts for each chunk before it."""
+    chunk, count = (2**31 - 512) // 128, 512
+    index, weight, counts = torch.arange(128) % 5, torch.ones(128), torch.empty(1, count, dtype=torch.int32)
+    far, chunks = lambda t: Before(t, chunk * 128), lambda t: Before(t, chunk * count)  # noqa: E731
+    with along_the_grid(chunk):
+        pairs._count[(1,)](far(index), far(weight), chunks(counts), (chunk + 1) * 128, count, PAIRS=128, BINS=count)
+        assert torch.equal(counts[0], torch.bincount(index, minlength=count).int())
+        start = torch.zeros(count + 1, dtype=torch.int32)
+        start[1:] = counts[0].cumsum(0)
+        token, kept, row = torch.empty(128, dtype=torch.int32), torch.empty(128), torch.empty(128, dtype=torch.int32)
+        pairs._place[(1,)](
+            far(index), far(weight), chunks(torch.zeros_like(counts)), start, token, kept, far(row), (chunk + 1) * 128, count, 1,
+            PAIRS=128, BINS=count,
+        )  # fmt: skip
+    assert torch.equal(token.long() - chunk * 128, index.argsort(stable=True)) and torch.equal(
+        row.long(), index.argsort(stable=True).argsort()
+    )
 
 
 def test_combine():

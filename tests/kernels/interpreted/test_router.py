@@ -10,7 +10,7 @@ from refractor_kernels.gpu import router
 from tests.kernels import oracles
 from tests.kernels.interpreted.far import Before, along_the_grid
 
-FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+FEW = settings(max_examples=9, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 GRADED = (0, 4, 5, 6)
 """Weights, parts, z-loss and hinge carry gradients."""
 
@@ -22,7 +22,7 @@ def problem(tokens: int, experts: int, biased: bool, seed: int, to_one: bool = F
     return logits, 0.3 * torch.randn(experts, generator=g) if biased else None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @FEW
 @given(
     rows=st.integers(0, 3), length=st.sampled_from([0, 1, 5, 11]), size=st.sampled_from([1, 3, 12]),
@@ -43,7 +43,7 @@ def test_route_in_every_option(dtype, rows, length, size, num_groups, top_groups
     run = lambda backend: lambda z: tuple(rk.route(z, bias, backend=backend, **options)[i] for i in GRADED)  # noqa: E731
     got, plain = (oracles.values_and_gradients(run(backend), [low]) for backend in ("triton", "torch"))
     assert all(g.isfinite().all() for g in got) and got[-1].dtype == dtype
-    oracles.assert_near(got, plain, oracles.values_and_gradients(run("torch"), [low.double()]))
+    oracles.assert_strictly_near(got, plain, oracles.values_and_gradients(run("torch"), [low.double()]))
 
 
 def test_several_programs_and_tiles_share_a_sequence():
@@ -83,23 +83,6 @@ def test_relabelled_experts_and_permuted_tokens_change_nothing_else():
     assert torch.equal(moved.indices_TK, whole.indices_TK[order]) and torch.equal(moved.weights_TK, whole.weights_TK[order])
     label = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     assert torch.equal(label[run(logits[:, label], bias[label]).indices_TK], whole.indices_TK)
-
-
-ARGUMENTS = {
-    "alone": (torch.randn(6, 5), None, 2, 2, False, True, 1, 1, 1.0),
-    "in groups": (torch.randn(6, 8), torch.randn(8), 3, 2, True, True, 4, 2, 2.5),
-}
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_op_keeps_the_rules_of_torch_library_and_knows_its_shapes_without_data(name):
-    logits, bias, *options = ARGUMENTS[name]
-    torch.library.opcheck(router._route, (logits.clone().requires_grad_(), bias, *options))
-    real = router._route(logits, bias, *options)
-    meta = router._route(logits.to("meta"), None if bias is None else bias.to("meta"), *options)
-    assert all((m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride()) for r, m in zip(real, meta, strict=True))
-    gradients = [torch.randn_like(real[i]) for i in (0, 4, 5)]
-    torch.library.opcheck(router._route_backward, (*gradients, logits, real[1], real[3], options[2], options[3], options[6]))
 
 
 def test_offsets_are_64_bit():
