@@ -1,7 +1,6 @@
 """What one optimizer step sees.
 
-Legend: B sequences, S tokens per sequence, N documents. torch is imported where there are tensors: plans of batches are told, and a build
-writes them into its report, in processes that have no 250 MB for it.
+Legend: B sequences, S tokens per sequence, N documents.
 """
 
 from __future__ import annotations

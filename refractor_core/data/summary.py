@@ -21,10 +21,10 @@ WHOLE = 1 << 18
 """Tokens of a document that are decoded to find where a duplicate is like it."""
 BINS = 24
 """Bins of document lengths: bin b counts documents of 2^b to 2^(b+1) - 1 tokens."""
-ORDER = ("read", "filter", "mask", "known", "exact", "near", "paragraph", "remainder", "perplexity", "decontamination")
-"""Stages in the order in which documents meet them; others come after."""
 KINDS = ("source", "domain", "language", "license")
 """Columns by whose values documents are counted."""
+ORDER = ("read", "filter", "mask", "known", "exact", "near", "paragraph", "remainder", "perplexity", "decontamination")
+"""Stages in the order in which documents meet them; others come after."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Documents:
     def of(cls, dataset: Dataset) -> "Documents":
         """Reads ``documents.parquet``."""
         found = cls()
-        for batch in _batches(dataset, DOCUMENTS, ("split", "tokens", "bytes", *KINDS, "perplexity_band")):
+        for batch in _batches(dataset, DOCUMENTS, ("split", "tokens", "bytes", "perplexity_band", *KINDS)):
             found._add(batch)
         return found
 
@@ -186,8 +186,9 @@ def texts_of(dataset: Dataset, ids: set[str]) -> dict[str, tuple[str, str]]:
         for source, store in zip(dataset.manifest.sources, stores)
     }
     found = {}
-    for batch in _batches(dataset, DOCUMENTS, ("id", "path", "split", "source", "position")):
-        for id, path, split, source, position in zip(*(batch[name] for name in ("id", "path", "split", "source", "position"))):
+    names = ("id", "path", "split", "source", "position")
+    for batch in _batches(dataset, DOCUMENTS, names):
+        for id, path, split, source, position in zip(*(batch[name] for name in names)):
             if id in ids:
                 tokens = stores[split, source].document(int(position))[:WHOLE]
                 found[id] = path, dataset.tokenizer.decode_bytes(tokens).decode(errors="replace")
