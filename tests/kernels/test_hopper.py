@@ -57,19 +57,6 @@ def test_the_record_is_of_what_is_shipped():
     assert not written["failed"] and all(kernel["passed"] for kernel in written["kernels"])
 
 
-def test_numbers_of_tokens_are_no_part_of_a_compilations_key():
-    """They are neither constants nor looked at for being 1 or a multiple of 16."""
-    if find_spec("triton") is None:
-        missing(HOW_TO_GET)
-    program = "from refractor_kernels import hopper_check as h\n"
-    program += "varying = {'rows', 'length', 'pairs', 'tokens', 'programs', 'queries'}\n"
-    program += "found = [p for s in h.everything() for p in s.kernel.params if p.name in varying]\n"
-    program += "print(len(found), [p.name for p in found if p.is_constexpr or not p.do_not_specialize])"
-    done = python("-c", program)
-    count, wrong = done.stdout.split(maxsplit=1)
-    assert int(count) >= 8 and wrong.strip() == "[]", done.stdout + done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_shipped_configuration_passes(check):
