@@ -1,11 +1,12 @@
 """What a rank's step really holds and takes: the counterpart of ``planner.rehearsal``, on tensors with values.
 
 On a CPU the figures are PyTorch's own allocator's, from the profiler: every allocation and every release, those inside operations too. On a
-GPU they are the caching allocator's. Of several steps the one with the lowest peak counts: gloo's threads let go of a finished collective's
-buffers when the system next runs them, which on a busy machine is long after their reader went on.
+GPU they are the caching allocator's. Releases by gloo's threads, when these hold a buffer last, the profiler does not see:
+what a step seems to leave behind is not counted in those after it, and of several steps the one with the lowest peak counts.
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch.autograd.profiler import profile, record_function
@@ -77,11 +78,9 @@ def _batch(config: RunConfig, mesh: Mesh, given: Assumptions) -> Batch:
 
 
 def _peak(found: profile) -> int:
-    """The lowest of the steps' peaks."""
+    """The lowest of the steps' peaks, each from what was alive before the first: steps leave nothing behind."""
     events = found.kineto_results.events()
-    steps = [(e.start_ns(), e.end_ns()) for e in events if e.name() == _STEP]
-    alive, peaks = 0, [0] * len(steps)
-    for at, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        alive += change
-        peaks = [max(peak, alive) if begin <= at <= end else peak for peak, (begin, end) in zip(peaks, steps, strict=True)]
-    return min(peaks)
+    steps = sorted((e.start_ns(), e.end_ns()) for e in events if e.name() == _STEP)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    before = sum(change for at, change in changes if at < steps[0][0])
+    return min(max(accumulate((change for at, change in changes if begin <= at <= end), initial=before)) for begin, end in steps)
