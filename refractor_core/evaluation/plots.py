@@ -13,6 +13,8 @@ from refractor_core.evaluation.drawing import BLUE, CARD, GREEN, GRID, INK, MUTE
 from refractor_core.evaluation.record import RunRecord, smooth, thin
 
 LINES = (BLUE, ORANGE, GREEN, PURPLE, RED)
+ABOVE = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
+"""A legend above the axes, where it hides no line."""
 FULL = 1.0
 """|log2| of a cell's load at which its colour is strongest: half or twice the balanced share."""
 
@@ -102,7 +104,7 @@ def learning_rate(figure: Figure, record: RunRecord) -> None:
     _line(axes, record.step_numbers, record.series("learning_rate"), PURPLE)
     _bands(axes, record.phases, record)
     axes.set(xlabel="step", ylim=(0, None))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))  # ticks stand at quarters: 0.00175
 
 
 def gradient_norm(figure: Figure, record: RunRecord) -> None:
@@ -123,7 +125,7 @@ def gradient_norm(figure: Figure, record: RunRecord) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _bands(axes, [], record)
     axes.set_xlabel("step")
-    axes.legend(loc="upper right")
+    axes.legend(**ABOVE)
 
 
 def throughput(figure: Figure, record: RunRecord) -> None:
@@ -200,7 +202,7 @@ def router_health(figure: Figure, record: RunRecord) -> None:
         axes.set_title(title)
     _step_axis(axes, int(record.step_numbers[-1]))
     axes.set_xlabel("step")
-    grid[0].legend(loc="best", ncols=2)
+    grid[0].legend(**ABOVE, ncols=3)
 
 
 def mixture(figure: Figure, rows: list[tuple[str, float, float | None]]) -> None:

@@ -56,7 +56,7 @@ class LayoutResult:
             changed: see ``changed_routes``.
         """
         name, error = comparison.worst
-        limits = comparison.tolerance.gradient, comparison.tolerance.loss
+        limits = comparison.tolerance.bound(name), comparison.tolerance.loss
         return cls(text, layout.world_size, comparison.loss_error, name, error, comparison.passed, comparison.culprit, changed, *limits)
 
     def with_probes(self, whole: dict[str, nn.Parameter], answers: list[Answers]) -> "LayoutResult":

@@ -11,11 +11,13 @@ import yaml
 from refractor_core.cli.main import main
 from refractor_core.config import ConfigError, load_run
 from refractor_core.data import BatchPlan, Dataset
+from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
+from refractor_core.verify.diagnosis import Tolerance, compare
 from refractor_core.verify.lattice import parse_layout
 from refractor_core.verify.layouts import _device, verify_layouts
 from refractor_core.verify.shrink import shrunk
-from refractor_core.verify.trial import Trial, run_trial
+from refractor_core.verify.trial import Outcome, Piece, Trial, run_trial
 from tests.train import tiny
 from tests.verify import layout_faults as faults
 
@@ -281,6 +283,19 @@ def test_low_precision_follows_one_routing(layouts_config, dtype):
     for result in verify_layouts(layouts_config(), ["tensor=2,sequence=true,expert=2", "data_shard=2"], dtype=dtype):
         assert result.passed, result.culprit
         assert result.changed_routes < 0.05
+
+
+def test_an_unsteady_parameter_has_a_bound_of_its_own():
+    def outcome(**factors):
+        pieces = {name: Piece(factor * torch.ones(4), (((0, 4),),)) for name, factor in factors.items()}
+        return Outcome(1.0, 0.0, pieces, {0: tuple(pieces)}, 2.0, {}, 0.0, {})
+
+    exact, rounded = outcome(jumps=1.0, steady=1.0), outcome(jumps=1.5, steady=1.01)
+    tolerance, layout = Tolerance.measured(exact, rounded, torch.bfloat16), Layout(1)
+    assert tolerance.bound("jumps") == pytest.approx(1.0) and tolerance.bound("steady") == 0.25
+    assert compare(exact, [outcome(jumps=1.6, steady=0.9)], layout, tolerance).passed
+    for wrong in (outcome(jumps=1.5, steady=1.3), outcome(jumps=2.5, steady=1.0), outcome(jumps=1.0, steady=2.0)):
+        assert not compare(exact, [wrong], layout, tolerance).passed
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3", "olmoe-1b-7b", "qwen3-30b-a3b"])
