@@ -29,7 +29,7 @@ AHEAD = 16
 RAY_BYTES = 700 << 20
 """Memory of Ray's own processes on this machine, beside the workers; measured."""
 WORKER_BYTES = 416 << 20
-"""Memory of a worker, which shares no pages and has loaded Ray and pandas; measured."""
+"""Memory of a worker, which shares no pages and has loaded Ray and pandas; estimated from an idle one of 120 MiB."""
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's shared memory: what is in it are tasks and small results. Pages that are not used cost nothing."""
 SOCKET_ROOM = 40
