@@ -38,6 +38,30 @@ def test_every_reason_and_every_degree_at_once(run):
         assert re.search(line, told), told
 
 
+MISTAKES = [  # degrees, ranks, what is told
+    ({"tensor": 3}, 8, r"parallel\.tensor = 3: does not divide model\.num_heads = 4"),
+    ({"expert": 3}, 8, r"parallel\.expert = 3: does not divide model\.moe\.num_experts = 4; the nearest degree that does is [24]"),
+    ({"expert_tensor": 3}, 8, r"parallel\.expert_tensor = 3: does not divide model\.moe\.expert_hidden_size = 8; the nearest .* is [24]"),
+    ({"context": 3}, 8, r"parallel\.context = 3: cuts sequences in 2 × context = 6 chunks"),
+    ({"pipeline": 4}, 4, r"parallel\.pipeline = 4: .* makes 4 stages of model\.num_layers = 2: at most 2"),
+    ({"pipeline": 2}, 16, r"parallel\.schedule = '1f1b': .*\(micro batches per step and pipeline: 1\)"),
+    ({"pipeline": 2, "stage_cuts": [2]}, 2, r"parallel\.stage_cuts = \[2\]: must be 1 layers between 1 and 1"),
+    ({"sequence": True}, 2, r"parallel\.sequence = True: splits over the tensor ranks"),
+    ({"data_shard": 2, "tensor": 2}, 8, r"both grids must make the 8 ranks there are"),
+    ({"pipeline": 2, "expert": 4}, 4, r"expert grid pipeline=2 .*: auto would be 4/8"),
+]
+
+
+@pytest.mark.parametrize(("degrees", "world", "reason"), MISTAKES)
+def test_each_kind_of_mistake_is_told_with_layouts_that_have_none(run, degrees, world, reason):
+    config = _with(run, **degrees)
+    told = "\n".join(map(str, layout_fits(config, world)))
+    assert re.search(reason, told), told
+    (_, named) = told.split(f"the nearest layouts of {world} ranks that fit this run:")
+    shown = [line.strip() for line in named.strip().splitlines()]
+    assert shown == [f"{layout.degrees()}: {layout.describe()}" for layout in nearest(config, world)] and 1 <= len(shown) <= 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     *[st.sampled_from([1, 2, 3, 4, 8])] * 3,
