@@ -29,6 +29,13 @@ CASES = [
     (faults.double_expert_gradients, "expert=2", {}, r"layers\.1\.feed_forward\.experts\.down_EDF: exactly 2 times.*expert=2"),
     (faults.reduce_experts_like_dense, "expert=2", {}, r"1 gradients are wrong.*layers\.1\.feed_forward\.experts\.gate_up_EFD"),
     (faults.omit_experts_from_norm, "expert=2", {}, r"every gradient is right, but the gradient norm.*experts are left out"),
+    (  # experts and dense layers split differently: one rank has all experts, and tensor ranks bring them other tokens
+        faults.reduce_experts_like_dense,
+        "tensor=2,data_shard=2",
+        {},
+        r"1 gradients are wrong.*experts\.gate_up_EFD: the tensor ranks hold terms.*reduction over tensor is missing",
+    ),
+    (faults.omit_experts_from_norm, "tensor=2,expert=2", {}, r"every gradient is right, but the gradient norm.*experts are left out"),
     (faults.lose_router_partials, "tensor=2", {}, r"router\.weight: the tensor ranks hold terms.*reduction over tensor is missing"),
     (
         faults.lose_norm_partials,
@@ -107,6 +114,12 @@ CASES = [
         "tensor=2",
         {},
         r"language model: 0\.5 times one process's, a power of the size of tensor\); every gradient is right.*how the loss is told",
+    ),
+    (
+        faults.halve_the_loss_that_is_told,
+        "tensor=2,context=2",
+        {},
+        r"language model: 0\.5 times.*every gradient is right.*how the loss is told",
     ),
     (faults.count_loss_once_more_per_tensor_rank, "tensor=2", {}, r"language model: 2 times.*tensor\).*head\.weight: exactly 2 times"),
     (
