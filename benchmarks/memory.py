@@ -23,7 +23,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from record import RESULTS, write_in_runbook, write_result
+from record import RESULTS, occasion, write_in_runbook, write_result
 
 from refractor_core.config import RunConfig
 from refractor_core.parallel.layout import Layout
@@ -42,13 +42,14 @@ LAYOUTS = {
     "experts, data_shard=2, full checkpointing": (2, ["parallel.data_shard=2", "batch.activation_checkpointing=full"]),
 }
 """Name → ranks and overrides."""
+PARTS = ("layouts", "checkpointing")
 
 
 def main() -> int:
     """Measures, writes ``results/memory.json`` and the runbook's tables; exit code 1 if a prediction misses the goal."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each kind (default: 5)")
-    parser.add_argument("--part", choices=("all", "layouts", "checkpointing"), default="all")
+    parser.add_argument("--part", choices=("all", *PARTS), default="all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--table", action="store_true", help="write the tables again and measure nothing")
     args = parser.parse_args()
@@ -56,7 +57,9 @@ def main() -> int:
     file = RESULTS / f"{name}.json"
     figures = json.loads(file.read_text()) if file.exists() else {}
     if not args.table:
-        kept = {part: figures[part] for part in ("layouts", "checkpointing") if part in figures}
+        kept = {part: figures[part] for part in ("measured", *PARTS) if part in figures}
+        fresh = PARTS if args.part == "all" else (args.part,)
+        kept["measured"] = kept.get("measured", {}) | dict.fromkeys(fresh, occasion())  # a part that is kept is as old as it was
         if args.part != "checkpointing":
             kept["layouts"] = [_layout(name, *case, args.device) for name, case in LAYOUTS.items()]
         if args.part != "layouts":

@@ -26,10 +26,7 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
     """
     told = {
         "benchmark": name,
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_average": os.getloadavg(),
+        **occasion(),
         "machine": {key: value for key, value in machine().items() if key != "host"},
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in packages}},
         **figures,
@@ -38,6 +35,16 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
     path = folder / f"{name}.json"
     path.write_text(json.dumps(told, indent=1) + "\n")
     return path
+
+
+def occasion() -> dict:
+    """What is measured now, and when."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg(),
+    }
 
 
 def write_in_runbook(name: str, text: str, runbook: str = "parallelism.md") -> None:
