@@ -9,7 +9,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,7 +76,7 @@ def judge(whole: dict[str, nn.Parameter], answers: Sequence[Answers], tolerance:
         tolerance: of the two losses, relative.
     """
     wrong = []
-    leak, uniform = max(a.documents for a in answers), max(a.uniform for a in answers)
+    leak, uniform = worst(a.documents for a in answers), worst(a.uniform for a in answers)
     if not leak <= tolerance:
         wrong.append(
             f"another token in one document changes the loss of other documents by {leak:.1e}: attention, or routing, crosses them"
@@ -84,6 +84,11 @@ def judge(whole: dict[str, nn.Parameter], answers: Sequence[Answers], tolerance:
     if not uniform <= tolerance:
         wrong.append(f"a zeroed output head's loss is off ln V by {uniform:.1e}: the loss is scaled, or tokens are lost or counted twice")
     return "; ".join(wrong + _weights(whole, answers))
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest, or infinity where one is not a number, which ``max`` passes over unless it comes first."""
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def _weights(whole: dict[str, nn.Parameter], answers: Sequence[Answers]) -> list[str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from refractor_core.parallel.layout import Layout
 from refractor_core.verify.diagnosis import Comparison
-from refractor_core.verify.probes import Answers, judge
+from refractor_core.verify.probes import Answers, judge, worst
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LayoutResult:
             whole: one process's initial parameters.
         """
         wrong = judge(whole, answers, self.loss_tolerance)
-        error = max(max(found.documents, found.uniform) for found in answers)
+        error = worst(error for found in answers for error in (found.documents, found.uniform))
         culprit = "; ".join(filter(None, (self.culprit, wrong)))
         return replace(self, passed=not culprit, culprit=culprit, probe_error=error)
 
