@@ -213,40 +213,45 @@ KINDS = ("free", "one takes all", "a rank sends nothing", "dropped", "nobody sen
 
 def _weights():
     generator = torch.Generator().manual_seed(8)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 10, 6), (4, 6, 5))]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 8, 6), (4, 6, 4))]
 
 
 def _dispatched(rank):
     found = {}
-    for expert, inside in ((4, 1), (2, 1), (1, 1)):
+    for expert, inside in ((4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4)):
         mesh = Mesh.create(Layout(4, data_shard=4, expert=expert, expert_tensor=inside), rank)
+        own, width = 4 // expert, 4 // inside
+        which = slice(mesh.axis("expert").rank * own, (mesh.axis("expert").rank + 1) * own)
+        first = mesh.axis("expert_tensor").rank * width
+        gate_up, down = _weights()
+        gate, up = (half[which, first : first + width] for half in gate_up.chunk(2, 1))
+        gate_up, down = torch.cat([gate, up], 1), down[which, :, first : first + width].contiguous()
         for kind in KINDS:
             x, indices, weights = (t[rank] for t in _routed(kind))
             x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-            own = 4 // expert
-            first = mesh.axis("expert").rank * own
-            gate_up, down = (w[first : first + own] for w in _weights())
             dispatch = Dispatch(x, indices, weights, 4, mesh.axis("expert"), mesh.axis("expert_tensor"))
             rows, numbers, parts = dispatch.arrive()
             y = dispatch.back(experts(rows, gate_up, down, numbers, parts))
             y.square().sum().backward()
-            found[expert, kind] = y.detach(), x.grad, weights.grad, len(rows)
+            found[expert, inside, kind] = y.detach(), x.grad, weights.grad, len(rows)
     return found
 
 
 def test_dispatch_changes_nothing_whatever_the_router_chose(ranks):
     by_rank = ranks(4, _dispatched)
-    for expert, kind in by_rank[0]:
+    for expert, inside, kind in by_rank[0]:
         x, indices, weights = _routed(kind)
         x.requires_grad_(), weights.requires_grad_()
         y = experts(x.flatten(0, 1), *_weights(), indices.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
         y.square().sum().backward()
         for rank, found in enumerate(by_rank):
-            got = found[expert, kind]
+            got = found[expert, inside, kind]
             for mine, expected in zip(got, (y[rank], x.grad[rank], weights.grad[rank])):
                 torch.testing.assert_close(mine, expected.detach(), rtol=1e-12, atol=1e-12)
         if kind == "one takes all" and expert == 4:
-            assert [found[expert, kind][3] for found in by_rank] == [0, 0, 0, 32]
+            assert [found[expert, inside, kind][3] for found in by_rank] == [0, 0, 0, 32]
+        if kind == "one takes all" and (expert, inside) == (2, 2):
+            assert [found[expert, inside, kind][3] for found in by_rank] == [0, 0, 32, 32]
 
 
 def _norms(rank, layout):
