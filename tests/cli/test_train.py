@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from refractor_core.cli.main import main
+from tests.distributed.documents import write
 from tests.train import tiny
 
 
@@ -25,3 +26,24 @@ def test_a_missing_device_is_a_bad_config_for_several_ranks_too(tmp_path, capsys
     assert main(["train", str(path), "--nproc", "2"]) == 2
     assert "run.device = 'cuda': no CUDA device" in capsys.readouterr().err
     assert not Path(folder / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "degree"), [("tensor", "3"), ("expert", "3"), ("pipeline", "4"), ("data_shard", "3")])
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(tmp_path, capsys, key, degree):
+    assert main(["train", write(tmp_path), "--nproc", "8", f"parallel.{key}={degree}", "parallel.schedule=zbv"]) == 2
+    told = capsys.readouterr().err
+    assert f"{key}={degree}" in told and "the nearest layouts of 8 ranks that fit this run" in told
+    assert not (tmp_path / "run").exists() and not torch.distributed.is_initialized()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_before_any_rank_starts(tmp_path, capsys):
+    folder = tiny.prepare(tmp_path)
+    run = tiny.config(folder, run__steps=3)
+    assert tiny.train(run) == 0
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tiny.document(folder)))
+    assert main(["train", str(path), "--nproc", "2", "model.num_heads=2", "model.moe.num_experts=8"]) == 2
+    told = capsys.readouterr().err
+    assert "model.num_heads = 2" in told and "model.moe.num_experts = 8" in told and "run.dir" in told
+    assert {path: path.read_bytes() for path in before} == before
