@@ -7,7 +7,7 @@ processor's clock; the table has medians and ratios.
 
 usage: PYTHONPATH=.:kernels python benchmarks/memory.py [--repeats 5] [--part all|layouts|checkpointing] [--device cpu|cuda]
        PYTHONPATH=.:kernels python benchmarks/memory.py --table          writes the runbook's tables from the results again
-With --device cuda ranks are GPUs, kernels the fastest, and the goal for the error 10 % instead of 5 %.
+With --device cuda ranks are GPUs, kernels the fastest, and the goal for the error 10 % instead of 5 %. Of one GPU: --part checkpointing.
 """
 
 import argparse
@@ -71,7 +71,9 @@ def main() -> int:
     if args.device == "cpu":
         write_in_runbook("memory", tables)
     goal = 0.05 if args.device == "cpu" else 0.10
-    return 0 if all(abs(row["error"]) <= goal for row in figures.get("layouts", [])) else 1
+    errors = [row["error"] for row in figures.get("layouts", [])]
+    errors += [row["predicted"] / row["measured"] - 1 for row in figures.get("checkpointing", [])]
+    return 0 if all(abs(error) <= goal for error in errors) else 1
 
 
 def _layout(name: str, world: int, overrides: list[str], device: str) -> dict:
