@@ -3,14 +3,14 @@
 Copies of real documents (see ``data/corpus.py``) are written as JSON lines, a file at a time, and built with ``data.memory_limit``. The
 build's processes are watched from outside: the sum of their proportional set sizes every ``EVERY`` seconds, and the kernel's own peak of
 resident memory of each, which counts pages of libraries and files in full. Interrupted, it goes on where it was with the same ``--folder``,
-and so do the peaks. In a memory control group the kernel holds the build to the limit, pages of files that it read or wrote included,
-and kills it where it cannot.
+and so do the peaks. In a memory control group the kernel holds the build to the limit, pages of files that it read or wrote included, and
+kills it where it cannot.
 
 usage: python benchmarks/data_memory.py --corpus PATH … [--gibibytes 5] [--limit 512MiB] [--workers 1] [--cgroup C] [--folder F] [--dry]
   --corpus: files or folders, each a source named after it; one named ``code`` is of the domain ``code``.
   --cgroup: a control group's folder, made before by who may, such as
-            mkdir /sys/fs/cgroup/build; echo 512M > /sys/fs/cgroup/build/memory.max           (version 2; swap is memory.swap.max)
-            mkdir /sys/fs/cgroup/memory/build; echo 512M > /sys/fs/cgroup/memory/build/memory.limit_in_bytes    (version 1)
+            mkdir /sys/fs/cgroup/build; echo 512M > /sys/fs/cgroup/build/memory.max              (version 2; no swap: memory.swap.max)
+            mkdir /sys/fs/cgroup/memory/build; echo 512M > /sys/fs/cgroup/memory/build/memory.limit_in_bytes     (version 1)
   --dry: prints the figures and records nothing.
 """
 

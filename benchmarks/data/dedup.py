@@ -195,17 +195,43 @@ def peers() -> dict[str, Callable[[list[bytes]], object]]:
                     index.insert(number, minhash)
 
         found |= {"signatures: rensa": rensa_sketches, "whole: rensa": rensa_whole}
+    return found | _datatrove()
+
+
+def _datatrove() -> dict[str, Callable[[list[bytes]], object]]:
+    """datatrove's signatures, and its four steps one after another in one process: nothing is verified."""
     try:
-        from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+        from datatrove.data import Document
+        from datatrove.pipeline.dedup.minhash import (
+            MinhashConfig,
+            MinhashDedupBuckets,
+            MinhashDedupCluster,
+            MinhashDedupFilter,
+            MinhashDedupSignature,
+        )
         from datatrove.utils.hashing import HashConfig
+        from datatrove.utils.logging import logger
 
         hashes = HashConfig(precision=64, hash_fc="sha1")  # its default passes strings to xxhash, whose version 4 refuses them
-        step = MinhashDedupSignature(tempfile.mkdtemp(), MinhashConfig(NGRAM, 16, 8, hash_config=hashes))
+        config = MinhashConfig(NGRAM, 16, 8, hash_config=hashes)
+        step = MinhashDedupSignature(tempfile.mkdtemp(), config)
         step.get_signature(step.get_shingles("one two three four five six seven"))
     except Exception as error:  # its optional parts fail in their own ways
         print(f"datatrove: cannot be used, left out ({error})")
-    else:
-        found["signatures: datatrove"] = lambda texts: [
-            step.get_signature(step.get_shingles(text.decode(errors="replace"))) for text in texts
-        ]
-    return found
+        return {}
+    logger.disable("datatrove")
+
+    def datatrove_whole(texts: list[bytes]) -> list[Document]:
+        documents = [Document(text=text.decode(errors="replace"), id=str(number)) for number, text in enumerate(texts)]
+        with tempfile.TemporaryDirectory() as folder:
+            MinhashDedupSignature(f"{folder}/signatures", config).run(iter(documents))
+            for bucket in range(config.num_buckets):
+                MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config).run(None, bucket, config.num_buckets)
+            MinhashDedupCluster(f"{folder}/buckets", f"{folder}/removed", config).run()
+            return list(MinhashDedupFilter(f"{folder}/removed").run(iter(documents)))
+
+    def datatrove_signatures(texts: list[bytes]) -> None:
+        for text in texts:
+            step.get_signature(step.get_shingles(text.decode(errors="replace")))
+
+    return {"signatures: datatrove": datatrove_signatures, "whole: datatrove": datatrove_whole}

@@ -12,7 +12,8 @@ from pathlib import Path
 from data.rows import Inputs, Row, in_turns
 
 from refractor_core.config.languages import language_code
-from refractor_core.data.quality.language import NONE, first_opinion, identify, second_opinion
+from refractor_core.data.quality.language import identify
+from refractor_core.data.quality.opinions import NONE, first_opinion, second_opinion
 
 MOST = 8000
 """Texts taken of each file, chosen at random."""

@@ -13,22 +13,23 @@ def rendered(figures: dict) -> str:
 
 def _cells(row: dict) -> tuple[str, ...]:
     ours, unit = row["ours"], row["unit"]
-    beside = [f"{name} {_number(own['median'])}" for name, own in row["beside"].items()]
+    beside = [f"{name} {number(own['median'])}" for name, own in row["beside"].items()]
     more = [f"{name}: {'yes' if holds else '**no**'}" for name, holds in row["holds"].items()]
-    more += [f"{name} {_number(value)}" for name, value in row["told"].items() if not isinstance(value, dict)]
+    more += [f"{name} {number(value)}" for name, value in row["told"].items() if not isinstance(value, dict)]
     mark = "" if row["reached"] else " **below**"
     return (
         f"{row['stage']}, {unit}",
-        _number(row["floor"]),
-        _number(row["aim"]),
-        f"{_number(ours['median'])}{mark}",
-        f"{_number(ours['lowest'])} – {_number(ours['highest'])}",
+        number(row["floor"]),
+        number(row["aim"]),
+        f"{number(ours['median'])}{mark}",
+        f"{number(ours['lowest'])} – {number(ours['highest'])}",
         "; ".join(beside),
         "; ".join(more),
     )
 
 
-def _number(value: object) -> str:
+def number(value: object) -> str:
+    """To three digits; nothing where there is none."""
     if value is None:
         return ""
     if not isinstance(value, float):

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 
 from refractor_core.config.run import RunConfig
+from refractor_core.data.audit import CHANGES
 from refractor_core.data.dataset import AUDIT, DOCUMENTS, Dataset
 from refractor_core.data.order import BatchPlan
 from refractor_core.data.summary import Audit, funnel, stage_order
@@ -68,20 +69,30 @@ def _table(rows: list[tuple], texts: int) -> list[str]:
 
 
 def describe_removed(dataset: Dataset, samples: int) -> str:
-    """How many documents each rule removed from each source, with the first ``samples`` of each rule."""
+    """How many documents each rule removed from each source, with the first ``samples`` of each rule; and apart from them those that were
+    changed or reported, and stay."""
     rules: dict[tuple[str, str], list[dict]] = {}
     for row in dataset.audit().to_pylist():
         rules.setdefault((row["stage"], row["rule"]), []).append(row)
-    lines = []
-    for (stage, rule), rows in sorted(rules.items(), key=lambda item: (stage_order(item[0][0]), -len(item[1]), item[0][1])):
-        sources = Counter(row["source"] for row in rows).most_common()
-        lines.append(f"{stage} / {rule}: {len(rows)} ({', '.join(f'{name} {count}' for name, count in sources)})")
-        for row in rows[:samples]:
-            measured = "" if row["value"] is None else f" {row['value']:.4g}"
-            measured += "" if row["threshold"] is None else f" against {row['threshold']:.4g}"
-            twin = f", stays: {row['twin']}" if row["twin"] else ""
-            lines.append(f"  {row['document']} {row['path']}{measured}{twin}: {row['detail'][:EXCERPT]!r}")
-    return "\n".join(lines) or "nothing was removed"
+    ordered = sorted(rules.items(), key=lambda item: (stage_order(item[0][0]), -len(item[1]), item[0][1]))
+    parts = [
+        [line for key, rows in ordered if (key[0] in CHANGES) == stay for line in _rule(*key, rows, samples)] for stay in (False, True)
+    ]
+    removed, changed = parts
+    head = ["", "changed or reported, in documents that stay:"] if changed else []
+    return "\n".join([*(removed or ["nothing was removed"]), *head, *changed])
+
+
+def _rule(stage: str, rule: str, rows: list[dict], samples: int) -> list[str]:
+    """A rule's rows in lines."""
+    sources = Counter(row["source"] for row in rows).most_common()
+    lines = [f"{stage} / {rule}: {len(rows)} ({', '.join(f'{name} {count}' for name, count in sources)})"]
+    for row in rows[:samples]:
+        measured = "" if row["value"] is None else f" {row['value']:.4g}"
+        measured += "" if row["threshold"] is None else f" against {row['threshold']:.4g}"
+        twin = f", stays: {row['twin']}" if row["twin"] else ""
+        lines.append(f"  {row['document']} {row['path']}{measured}{twin}: {row['detail'][:EXCERPT]!r}")
+    return lines
 
 
 def describe_document(dataset: Dataset, id: str, characters: int) -> str:

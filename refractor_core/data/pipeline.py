@@ -34,7 +34,7 @@ from refractor_core.data.memory import Memory, release
 from refractor_core.data.parts import SEGMENT, Part
 from refractor_core.data.pool import Engine, Watch
 from refractor_core.data.progress import stage_bar
-from refractor_core.data.quality import language
+from refractor_core.data.quality import opinions
 from refractor_core.data.reading import has_faults, read_part
 from refractor_core.data.split import given_up
 from refractor_core.data.stages import STAGES
@@ -167,7 +167,7 @@ class Pipeline:
         with stage_bar("read", sum(task.part.bytes for task in tasks), "B", self._memory) as advance:
             self._pool.map(_read, tasks, advance, _poisoned)
         seen([task.piece for task in tasks])
-        language.forget()
+        opinions.forget()
         release()
 
     def clean(self) -> Cleaned:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from refractor_core.config.data import DataConfig
 from refractor_core.config.languages import language_code
+from refractor_core.config.signals import PII
 from refractor_core.config.signals import SIGNALS as CATALOGUE
 from refractor_core.data.documents import Document
 from refractor_core.data.quality.language import Identified, identify
@@ -14,6 +15,9 @@ from refractor_core.data.quality.signals import measure
 
 SIGNALS: tuple[str, ...] = ("language_confidence", *CATALOGUE)
 """Names of the float32 columns that screening gives every document, kept with it to ``documents.parquet``."""
+UNASKED = Identified("", 1.0)
+"""The language of code: nobody looked."""
+_FIRST_PERSONAL = len(SIGNALS) - len(PII)
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,20 @@ def screen(documents: Sequence[Document], config: DataConfig) -> list[Screened]:
     """
     rules = Rules(config)
     allowed = None if config.languages.allowed is None else {language_code(code) for code in config.languages.allowed}
-    return [_screened(document, config, rules, allowed) for document in documents]
+    # One thing of all documents, then the next: tables of the language models and of the signals stay in the cache.
+    languages = [UNASKED if document.domain in config.code_domains else identify(document.encoded) for document in documents]
+    measured = [(found.confidence, *measure(document.encoded).tolist()) for document, found in zip(documents, languages)]
+    return [_screened(*known, config, rules, allowed) for known in zip(documents, languages, measured)]
 
 
-def _screened(document: Document, config: DataConfig, rules: Rules, allowed: set[str] | None) -> Screened:
-    text = document.encoded
-    code = document.domain in config.code_domains
-    found = Identified("", 1.0) if code else identify(text)
-    signals = (found.confidence, *measure(text).tolist())
-    violation = None if code else _foreign(found, allowed, config.languages.min_confidence)
+def _screened(
+    document: Document, found: Identified, signals: tuple[float, ...], config: DataConfig, rules: Rules, allowed: set[str] | None
+) -> Screened:
+    violation = None if found is UNASKED else _foreign(found, allowed, config.languages.min_confidence)
     violation = violation or rules.violation(signals[1:], document.source, document.domain, found.language)
     masked = {}
-    if violation is None and config.filters.mask:
-        text, counts = mask_personal(text, config.filters.mask)
+    if violation is None and config.filters.mask and any(signals[_FIRST_PERSONAL:]):
+        text, counts = mask_personal(document.encoded, config.filters.mask)
         masked = dict(sorted(counts.items()))
         document = replace(document, text=text.decode()) if masked else document
     return Screened(document, found.language, signals, violation, masked)

@@ -9,7 +9,7 @@ import pytest
 from refractor_core.cli.main import main
 from refractor_core.config import RunConfig
 from refractor_core.config.loading import dump
-from refractor_core.data import Dataset, build
+from refractor_core.data import Dataset, build, report
 from refractor_core.data.charts import beside, funnel_chart, marked
 from refractor_core.data.dedup.stage import excerpt
 from refractor_core.data.report import TOP, _kinds, visible, write_report
@@ -135,3 +135,29 @@ def test_it_is_no_part_of_the_dataset_and_the_commands_write_it(
         assert main(["data", command[0], str(tmp_path / "run.yaml"), *command[1:]]) == 0
         assert str(path) in capsys.readouterr().out and path.exists()
     assert Dataset.open(dataset.path, verify=True).sha256 == dataset.sha256
+
+
+def test_words_stand_out_in_both_modes() -> None:
+    """WCAG 2.2, 1.4.3: 4.5 to 1, for whatever is written in a colour, on every ground that it is written on."""
+    css = (Path(report.__file__).parent / "templates" / "dataset.css").read_text(encoding="utf-8")
+    modes = [dict(re.findall(r"--(\w+): #(\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)]
+    mixed = re.findall(r"\.(?:good|bad|warn) \{ color: color-mix\(in srgb, var\(--(\w+)\) (\d+)%, var\(--ink\)\)", css)
+    assert len(modes) == 2 and len(mixed) == 3
+
+    def channels(colors: dict[str, str], name: str) -> list[float]:
+        return [int(colors[name][place : place + 2], 16) / 255 for place in (0, 2, 4)]
+
+    def luminance(color: list[float]) -> float:
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colors in modes:
+        words = {name: channels(colors, name) for name in ("ink", "muted", "blue")}
+        words |= {
+            n: [int(p) / 100 * c + (1 - int(p) / 100) * i for c, i in zip(channels(colors, n), channels(colors, "ink"))] for n, p in mixed
+        }
+        pairs = [(name, luminance(color), ground) for name, color in words.items() for ground in ("page", "card", "soft")]
+        for name, light, ground in pairs:
+            low, high = sorted((light, luminance(channels(colors, ground))))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, f"{name} on {ground}"
+    assert "nav a:focus-visible { background: var(--blue); color: var(--page); }" in css and "opacity: .45" not in css

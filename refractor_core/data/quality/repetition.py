@@ -17,7 +17,7 @@ DUPLICATE = (5, 6, 7, 8, 9, 10)
 
 
 @njit(cache=True, nogil=True)
-def _name(keys, count, names, frequencies):
+def name_keys(keys, count, names, frequencies):
     """Gives equal keys equal names, numbered by first occurrence; returns how many names there are.
 
     Args:
@@ -51,7 +51,7 @@ def _name(keys, count, names, frequencies):
 def duplicated(keys, lengths, count):
     """How many of the first ``count`` keys occurred before, and the sum of those keys' lengths."""
     names, frequencies = np.empty(count, np.int32), np.empty(count, np.int32)
-    named = _name(keys, count, names, frequencies)
+    named = name_keys(keys, count, names, frequencies)
     characters, seen = 0, np.zeros(named, np.bool_)
     if named < count:
         for place in range(count):
@@ -77,7 +77,7 @@ def repeated_grams(words, lengths, count, top, duplicate):
         Number of distinct words, and the entropy of their frequencies in bits.
     """
     names, frequencies = np.empty(count, np.int32), np.empty(count, np.int32)
-    distinct = _name(words, count, names, frequencies)
+    distinct = name_keys(words, count, names, frequencies)
     entropy = 0.0
     for name in range(distinct):
         share = frequencies[name] / count
@@ -99,7 +99,7 @@ def repeated_grams(words, lengths, count, top, duplicate):
                 keys[found] = (np.uint64(gram[index]) << np.uint64(32)) | np.uint64(gram[index + 1])
                 places[found] = places[index]
                 found += 1
-        named = _name(keys, found, names, frequencies)
+        named = name_keys(keys, found, names, frequencies)
         kept = 0
         best = 0
         for name in range(1, named):
