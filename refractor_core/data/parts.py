@@ -19,6 +19,7 @@ How to use it::
 Nothing here keeps texts in memory: a reader holds an open file and a few numbers per record batch.
 """
 
+import glob
 import hashlib
 import os
 from bisect import bisect_right
@@ -32,6 +33,7 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
+from refractor_core.config.data import DataConfig
 from refractor_core.config.sources import SourceConfig
 from refractor_core.data.columns import column, values
 from refractor_core.data.documents import Document
@@ -108,6 +110,15 @@ def list_parts(sources: Sequence[SourceConfig], limit: int = PART_BYTES) -> list
         if files:
             parts.append(Part(len(parts), index, tuple(files), total))
     return parts
+
+
+def stamps_beside(data: DataConfig) -> list[str]:
+    """Of the files that stages look at beside the corpus: a changed one costs what was made by them, not what was read."""
+    models = [path.replace("{language}", "*") for path in (data.perplexity.path, data.perplexity.tokenizer_path) if path]
+    patterns = [entry.path for entry in data.decontamination.sets] + models + list(data.deduplication.known)
+    found = {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}
+    found |= {file for folder in found if folder.is_dir() for file in folder.iterdir()}
+    return [f"{path} {SourceFile(path, '').stamp()}" for path in sorted(found)]
 
 
 class PartWriter:

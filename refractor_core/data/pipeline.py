@@ -31,7 +31,7 @@ from refractor_core.data.folder import atomic_directory
 from refractor_core.data.funnel import Funnel
 from refractor_core.data.manifest import CODE_VERSION, StageEntry
 from refractor_core.data.memory import Memory, release
-from refractor_core.data.parts import SEGMENT, Part
+from refractor_core.data.parts import SEGMENT, Part, stamps_beside
 from refractor_core.data.pool import Engine, Watch
 from refractor_core.data.progress import stage_bar
 from refractor_core.data.quality import opinions
@@ -143,7 +143,8 @@ class Pipeline:
     ):
         self._config, self._parts, self._work, self._pool, self._memory, self._scorer = config, parts, work, pool, memory, scorer
         self._share = share
-        inputs = hashlib.sha256("\n".join(part.name for part in parts).encode()).hexdigest()[:16]
+        names = [part.name for part in parts] + stamps_beside(config.data)
+        inputs = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
         self._stage = f"all-{inputs}"  # of what is made from all parts together
 
     def run(self, target: Path) -> None:

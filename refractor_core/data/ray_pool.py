@@ -24,6 +24,7 @@ from refractor_core.data.memory import MAIN_BYTES, needed_by_document, workers_w
 from refractor_core.data.pool import ATTEMPTS, Function, no_progress, portable, refuse
 
 ADDRESS = "RAY_ADDRESS"
+NOT_STARTED = "Ray did not start on this machine, which may be too busy"
 AHEAD = 16
 """Tasks for each worker that are made before the first is done, where they are many: every ``map`` costs half a second."""
 RAY_BYTES = 700 << 20
@@ -111,7 +112,10 @@ class RayPool:
         else:
             self._folder = _short_folder()
             size = {"num_cpus": self.workers, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
-            self._ray.init("local", include_dashboard=False, _temp_dir=str(self._folder), **size, **common)
+            try:
+                self._ray.init("local", include_dashboard=False, _temp_dir=str(self._folder), **size, **common)
+            except Exception as error:  # Ray raises nothing narrower where its processes take more than 30 s
+                raise ValueError(f"data.engine = 'ray': {NOT_STARTED} ({error}); build again, or set data.engine: local") from error
         logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

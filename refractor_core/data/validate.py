@@ -6,7 +6,7 @@ they decode to where evaluation sets are named. Memory holds some rows of ``docu
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import numpy as np
@@ -17,6 +17,7 @@ from refractor_core.config.run import RunConfig
 from refractor_core.data.columns import values
 from refractor_core.data.dataset import DOCUMENTS, UNIGRAM, Dataset
 from refractor_core.data.order import BatchPlan
+from refractor_core.data.progress import stage_bar
 from refractor_core.data.store import TokenStore
 
 NUMBERS = ("tokens", "bytes", "position")
@@ -51,10 +52,12 @@ def validate(dataset: Dataset, config: RunConfig, *, full: bool = False) -> list
         return findings
     findings += _provenance(dataset)
     counts = np.zeros(dataset.manifest.vocab_size, dtype=np.int64)
-    for name, store in _stores(dataset).items():
-        found, own = _tokens("/".join(name), store, dataset)
-        findings += found
-        counts += own if name[0] == "train" else 0
+    stores = _stores(dataset)
+    with stage_bar("check tokens", sum(len(store.tokens) for store in stores.values()), "tok") as advance:
+        for name, store in stores.items():
+            found, own = _tokens("/".join(name), store, dataset, advance)
+            findings += found
+            counts += own if name[0] == "train" else 0
     if not np.array_equal(counts, dataset.unigram_counts()):
         findings.append(f"{UNIGRAM}: is not the count of the training tokens")
     return findings + _texts(dataset, config, full) + _mix(dataset, config)
@@ -116,6 +119,14 @@ def _batches(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, l
         yield {name: values(batch[name]) if not batch[name].null_count else batch[name].to_pylist() for name in columns}
 
 
+def _watched(stage: str, dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, list | np.ndarray]]:
+    """``_batches`` under a progress bar, which counts a batch when the next one is asked for."""
+    with stage_bar(stage, _table(dataset).metadata.num_rows, "doc") as advance:
+        for batch in _batches(dataset, columns):
+            yield batch
+            advance(len(batch[columns[0]]))
+
+
 def _runs(batch: dict[str, list | np.ndarray]) -> Iterator[tuple[tuple[str, str], int, int]]:
     """((split, source), first row, behind the last) of neighbouring rows of one store."""
     first = 0
@@ -131,7 +142,7 @@ def _provenance(dataset: Dataset) -> list[str]:
     nulls, off = Counter[str](), dict[tuple[str, str], str]()
     hashes: dict[tuple[str, str], list[np.ndarray]] = {(name, split): [] for name in ("id", "sha256") for split in SPLITS}
     closed, told = set[str](), {source.name: source.access for source in dataset.manifest.sources}
-    for batch in _batches(dataset, COLUMNS):
+    for batch in _watched("check documents", dataset, COLUMNS):
         nulls.update({name: sum(value is None for value in column) for name, column in batch.items() if isinstance(column, list)})
         closed |= {source for source, access in zip(batch["source"], batch["access"]) if access != told.get(source)}
         for store, first, end in _runs(batch):
@@ -180,7 +191,7 @@ def _twice(hashes: dict[tuple[str, str], list[np.ndarray]]) -> list[str]:
     return findings
 
 
-def _tokens(name: str, store: TokenStore, dataset: Dataset) -> tuple[list[str], np.ndarray]:
+def _tokens(name: str, store: TokenStore, dataset: Dataset, advance: Callable[[int], object]) -> tuple[list[str], np.ndarray]:
     """Findings about one store, and how often it holds each token; one pass over its tokens."""
     vocab_size, eos = dataset.manifest.vocab_size, dataset.manifest.eos_id
     findings, counts = [], np.zeros(vocab_size, dtype=np.int64)
@@ -197,6 +208,7 @@ def _tokens(name: str, store: TokenStore, dataset: Dataset) -> tuple[list[str], 
             findings.append(f"{name}.bin: token {where} is {int(store.tokens[where])}, outside the vocabulary of {vocab_size}")
         counts += np.bincount(chunk[~outside], minlength=vocab_size)
         eos_at.append(begin + np.flatnonzero(chunk == eos))
+        advance(len(chunk))
     if not np.array_equal(np.concatenate(eos_at) if eos_at else [], store.offsets[1:] - 1):
         findings.append(f"{name}: documents do not end with EOS ({eos}), or it stands inside one")
     return findings, counts
@@ -230,7 +242,7 @@ def _texts(dataset: Dataset, config: RunConfig, full: bool) -> list[str]:
 def _decoded(dataset: Dataset) -> Iterator[tuple[tuple[str, str], dict[str, str], bytes]]:
     """((split, source), row, text) of every document that has a place."""
     stores = _stores(dataset)
-    for batch in _batches(dataset, ("split", "source", "position", "id", "path", "sha256")):
+    for batch in _watched("check texts", dataset, ("split", "source", "position", "id", "path", "sha256")):
         for split, source, position, id, path, sha256 in zip(*batch.values()):
             store = stores.get((split, source))
             if store is not None and position is not None and position < store.documents:

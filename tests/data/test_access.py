@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from refractor_core.data import Dataset, build
+from refractor_core.data import Dataset, build, pipeline
 from refractor_core.data.inspect import describe_dataset
 from refractor_core.data.manifest import Manifest
 from refractor_core.data.validate import validate
@@ -43,6 +43,19 @@ def test_restricted_data_is_recorded_and_closed_to_others(tmp_path: Path) -> Non
     )
     findings = validate(Dataset(dataset.path, forgotten, "0" * 64), config)
     assert findings == ["manifest: source 'web' is restricted, not for training"]
+
+
+def test_what_a_build_leaves_half_done_is_closed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = write_corpus(tmp_path / "corpus")
+    sources[1] |= {"access": "restricted", "readers": ["ann"]}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "make_tokenizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(run_config(tmp_path / "dataset", sources))
+    assert (tmp_path / ".dataset.work").stat().st_mode & 0o007 == 0
 
 
 def test_access_and_address_are_recorded(tmp_path: Path) -> None:

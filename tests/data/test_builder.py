@@ -1,7 +1,9 @@
 """A build is whole or not at all, says where everything came from and went, and gives equal bytes for equal inputs."""
 
+import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,7 +13,11 @@ import numpy as np
 import pytest
 
 from refractor_core.config import RunConfig
-from refractor_core.data import Dataset, assembling, build, pipeline, sources, tokenising
+from refractor_core.data import Dataset, assembling, build, builder, pipeline, sources, tokenising
+from refractor_core.data.manifest import CODE_VERSION
+from refractor_core.data.parts import list_parts
+from refractor_core.data.quality.language import identify
+from refractor_core.data.stages import STAGES
 from refractor_core.data.validate import validate
 from tests.data.corpora import run_config, words, write_corpus, write_jsonl
 
@@ -44,6 +50,7 @@ def test_every_token_has_a_document_and_every_document_its_origin(built: tuple[D
                 assert tokens[-1] == dataset.manifest.eos_id
                 text = dataset.tokenizer.decode(tokens)
                 assert len(text.encode()) == row["bytes"]
+                assert row["sha256"] == hashlib.sha256(text.encode()).hexdigest() and row["language"] == identify(text.encode()).language
                 name, _, line = row["path"].partition(".jsonl:")
                 original = (
                     json.loads(Path(f"{name}.jsonl").read_text().splitlines()[int(line) - 1])["text"] if line else Path(name).read_text()
@@ -52,6 +59,10 @@ def test_every_token_has_a_document_and_every_document_its_origin(built: tuple[D
     assert {(row["source"], row["license"], row["domain"]) for row in rows} == {
         ("books", "public-domain", "prose"),
         ("web", "CC0-1.0", "web"),
+    }
+    wanted = {stage.name: stage.version for stage in STAGES if stage.wanted(config.data)}
+    assert wanted and {"read": CODE_VERSION, **wanted, "tokenise": CODE_VERSION} == {
+        stage.name: stage.version for stage in dataset.manifest.stages
     }
     assert validate(dataset, config, full=True) == []
 
@@ -132,7 +143,9 @@ def test_text_cannot_end_a_document(tmp_path: Path) -> None:
 def test_a_built_dataset_is_returned_refused_or_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = one_source(tmp_path, [words(number, 100) for number in range(10)])
     before = build(config).sha256
-    capsys.readouterr()
+    told = capsys.readouterr().err
+    for stage in ("read", "compare", "paragraph-hashes", "shorten", "perplexity-scores", "tokenizer", "tokenise", "assemble"):
+        assert re.search(rf"{stage} *: .*/s", told) and re.search(rf"{stage} *: .*MiB of 2 GiB|{stage} *: 0.00", told), stage
     assert build(config).sha256 == before
     assert "already built" in capsys.readouterr().err
     other = config.model_copy(update={"data": config.data.model_copy(update={"heldout_share": 0.3})})
@@ -147,6 +160,16 @@ def test_a_built_dataset_is_returned_refused_or_replaced(tmp_path: Path, capsys:
         update={"data": other.data.model_copy(update={"mixture": {"temperature": 9.0}, "dir": str(tmp_path / "dataset")})}
     )
     assert Dataset.open(config.data.dir).check_config(mixed) == []
+
+
+def test_a_second_build_in_one_process_compares_its_own_texts(tmp_path: Path) -> None:
+    """Its work folder is where the first one's was, and its segments have the same names; what they hold is not the same."""
+    near = words(2, 200)
+    config = one_source(tmp_path, [words(1, 100), near, f"{near} end", *(words(number, 200) for number in range(3, 12))])
+    assert build(config).manifest.sources[0].removed == {"near": 1}
+    filters = config.data.filters.model_validate({"rules": [{"signal": "characters", "min": 600}]})
+    other = config.model_copy(update={"data": config.data.model_copy(update={"filters": filters})})
+    assert build(other, force=True).manifest.sources[0].removed == {"filter": 1, "near": 1}
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
@@ -198,6 +221,27 @@ def test_a_broken_build_leaves_the_old_dataset_and_the_next_goes_on(
     build(config, force=True)
     assert tree(tmp_path / "dataset") == before
     assert entries(tmp_path) == ["dataset", "web.jsonl"]
+
+
+def test_what_is_read_is_not_read_again_and_a_mended_file_costs_its_own_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", [words(10 * number + i, 100) for i in range(4)])
+    config = run_config(tmp_path / "dataset", [{"name": "web", "kind": "jsonl", "path": f"{tmp_path}/in/*.jsonl"}])
+    monkeypatch.setattr(builder, "list_parts", lambda sources: list_parts(sources, limit=1))
+    honest, found = pipeline.read_part, list[str]()
+
+    def watched(part, *rest) -> None:
+        found.append(part.files[0].path.name)
+        if found == ["0.jsonl", "1.jsonl", "2.jsonl"]:
+            raise KeyboardInterrupt
+        honest(part, *rest)
+
+    monkeypatch.setattr(pipeline, "read_part", watched)
+    with pytest.raises(KeyboardInterrupt):
+        build(config)
+    write_jsonl(tmp_path / "in" / "1.jsonl", [words(100 + i, 90) for i in range(6)])
+    assert len(build(config).documents()) == 22
+    assert found[3:] == ["1.jsonl", "2.jsonl", "3.jsonl", "4.jsonl"]
 
 
 def test_a_file_system_that_takes_no_more_bytes(tmp_path: Path) -> None:
@@ -286,6 +330,8 @@ def test_a_given_tokenizer_is_part_of_the_configuration(tmp_path: Path) -> None:
     assert second.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
     (tmp_path / "tokenizer.json").write_text(first.tokenizer.json + "\n")
     assert any("data.tokenizer.sha256" in line for line in second.check_config(config))
+    (tmp_path / "tokenizer.json").unlink()  # as where it is trained on: the dataset has its own copy
+    assert second.check_config(config) == []
 
 
 def test_the_interpreters_library_becomes_three_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from refractor_core.config.loading import dump
 from refractor_core.data import Dataset, build, report
 from refractor_core.data.charts import beside, funnel_chart, marked
 from refractor_core.data.dedup.stage import excerpt
+from refractor_core.data.inspect import describe_document, describe_removed
 from refractor_core.data.report import TOP, _kinds, visible, write_report
 from refractor_core.data.summary import Audit, Documents, funnel
 from tests.data.corpora import run_config, words, write_jsonl
@@ -122,6 +123,16 @@ def test_findings_lead(page: tuple[str, Dataset, RunConfig]) -> None:
     _, dataset, config = page
     html = write_report(dataset, config, ["train/web.bin: <b>bad</b>"]).read_text(encoding="utf-8")
     assert "1 finding<" in html and "train/web.bin: &lt;b&gt;bad" in html
+
+
+def test_samples_of_every_rule_are_shown_in_the_terminal_too(page: tuple[str, Dataset, RunConfig]) -> None:
+    dataset = page[1]
+    shown, rows = describe_removed(dataset, 1), dataset.audit().to_pylist()
+    assert {row["rule"] for row in rows} >= {"min_characters", "normal_form", "jaccard"}
+    for row in rows:
+        assert f"{row['stage']} / {row['rule']}: 1 ({row['source']} 1)\n  {row['document']} {row['path']}" in shown
+        assert not row["twin"] or f"stays: {row['twin']}" in shown
+        assert f"rule: {row['rule']}\n" in describe_document(dataset, row["document"], 99)
 
 
 def test_it_is_no_part_of_the_dataset_and_the_commands_write_it(

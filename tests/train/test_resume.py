@@ -156,6 +156,16 @@ def test_a_dataset_that_changed_is_refused(tiny_config, prepared, tmp_path):
         tiny.train(tiny_config(data__dir=str(tmp_path / "data")))
 
 
+def test_a_dataset_that_is_not_what_it_says_is_refused(tiny_config, prepared, tmp_path):
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["sources"][0]["access"] = "eval-only"
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"data: not sound:\s+manifest: source 'one' is eval-only"):
+        tiny.train(tiny_config(data__dir=str(tmp_path / "data")))
+
+
 def test_two_ranks_resume_bit_exact(ranks, tiny_config):
     one, other = tiny_config("one"), tiny_config("other", run__steps=4)
     ranks(2, tiny.train_rank, one, 2, tiny.free_port())

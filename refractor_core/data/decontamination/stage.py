@@ -22,6 +22,7 @@ FOUND = "overlaps.json"
 def remove_contaminated(cleaning: Cleaning, folder: Path) -> None:
     """Documents that share n-grams with evaluation items go, or are reported; the facts tell what was looked for."""
     config = cleaning.config.decontamination
+    evaluation_items.cache_clear()  # the files may have changed since another build in this process
     items = evaluation_items(config)
     gone = []
     with AuditWriter(folder / AUDIT) as audit:
@@ -33,6 +34,7 @@ def remove_contaminated(cleaning: Cleaning, folder: Path) -> None:
                 lost = row.bytes if config.action == "drop" else None
                 audit.add(replace(row, detail=f"{overlap.item}: {shared}", bytes=lost))
                 gone.append(number)
+    evaluation_items.cache_clear()
     if config.action == "drop":
         np.save(folder / REMOVED, np.array(gone, np.int64))
     (folder / FACTS).write_text(json.dumps({"ngram": config.ngram, "sets": items.facts}, sort_keys=True), encoding="utf-8")

@@ -58,6 +58,7 @@ class Texts:
 def texts_of(cleaning: Cleaning) -> Texts:
     """The texts of a build's corpus."""
     corpus = cleaning.corpus
+    _reader.cache_clear()  # another build in this process may have had other segments at the same paths; workers live for one build
     return Texts(corpus.paths, corpus.starts, tuple(tuple(changes.paths) for changes in corpus.changes.values()))
 
 

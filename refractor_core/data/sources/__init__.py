@@ -86,10 +86,11 @@ def _no_file(file: SourceFile) -> tuple[str, str] | None:
     """Rule and detail of what is found under a file's name and is none; to open a pipe would wait forever.
 
     Raises:
-        OSError: nothing is there.
+        OSError: nothing is there, or a folder that cannot be listed.
     """
     mode = file.path.stat().st_mode
     if stat.S_ISDIR(mode):
+        os.scandir(file.path).close()  # raises of one that could not be listed
         return "symbolic_link", f"leads to {os.readlink(file.path)!r}, a folder that it lies in" if file.path.is_symlink() else "a folder"
     return None if stat.S_ISREG(mode) else ("not_a_file", "a device, pipe or socket")
 

@@ -61,7 +61,8 @@ def _walk(source: CodeSource, key: str, root: Path) -> Iterator[SourceFile]:
     exclude = _Rules(root, _patterns(source.exclude, f"{key}.exclude"))
     rules: dict[Path, list[_Rules]] = {}
     licenses: dict[Path, str] = {}
-    for name, folders, names in os.walk(root):
+    closed: list[OSError] = []
+    for name, folders, names in os.walk(root, onerror=closed.append):
         folder = Path(name)
         above = rules.get(folder.parent, []) if folder != root else [exclude]
         rules[folder] = [*above, *(_gitignore(folder) if source.use_gitignore and ".gitignore" in names else [])]
@@ -73,6 +74,7 @@ def _walk(source: CodeSource, key: str, root: Path) -> Iterator[SourceFile]:
             wanted = not source.include or include.verdict(path, False)
             if not is_folder and wanted and (path.is_symlink() or not _ignored(path, False, rules[folder])):
                 yield labelled(path, licenses[folder])
+    yield from (labelled(Path(error.filename)) for error in closed)  # reading tells of folders that cannot be listed
 
 
 def _ignored(path: Path, is_folder: bool, rules: list[_Rules]) -> bool:
@@ -120,6 +122,8 @@ def read_code(source: CodeSource, file: SourceFile) -> Iterator[Document | Unrea
     if file.path.is_symlink():
         yield Unreadable(source.name, file.label, "symbolic_link", f"leads to {os.readlink(file.path)!r}; links are not followed")
         return
+    if file.path.is_dir():
+        os.scandir(file.path).close()  # raises of one that could not be listed
     if not file.path.is_file():
         yield Unreadable(source.name, file.label, "not_a_file", "a device, pipe or socket")
         return

@@ -44,16 +44,18 @@ class SourceError(ValueError):
 
 
 def matches(source: SourceConfig, key: str, *, folders: bool = False) -> list[Path]:
-    """What a source's glob finds, sorted: files (and links that lead back to a folder above them, which reading tells), or folders.
+    """What a source's glob finds, sorted: files, or folders.
+
+    With files come, for reading to tell of, folders below ``**`` that cannot be listed and links that lead back to a folder above them.
 
     Raises:
         ValueError: nothing matches.
     """
-    circles: set[str] = set()
-    names = sorted(_expand(source.path, circles))
+    odd: set[str] = set()
+    names = sorted(_expand(source.path, odd))
     if folders:
-        circles.clear()
-    found = [Path(name) for name in names if name in circles or os.path.isdir(name) == folders]
+        odd.clear()
+    found = [Path(name) for name in names if name in odd or os.path.isdir(name) == folders]
     if not found:
         what = "folder" if folders else "file"
         raise ValueError(
@@ -63,8 +65,9 @@ def matches(source: SourceConfig, key: str, *, folders: bool = False) -> list[Pa
     return found
 
 
-def _expand(pattern: str, circles: set[str]) -> set[str]:
-    """What a glob matches. ``**`` follows links to folders but not back to where they came from: those are added to ``circles`` and found.
+def _expand(pattern: str, odd: set[str]) -> set[str]:
+    """What a glob matches. ``**`` follows links to folders but not back to where they came from: those are added to ``odd`` and found, as
+    are folders that cannot be listed.
 
     ``glob.glob`` goes around a circle of links until the system's limit for names, forty times.
     """
@@ -74,22 +77,29 @@ def _expand(pattern: str, circles: set[str]) -> set[str]:
         return set(glob.glob(pattern))
     found: set[str] = set()
     for base in glob.glob(head) if glob.has_magic(head) else [head]:
-        for folder in _folders(base, (), circles):
-            found |= _expand(os.path.join(glob.escape(folder), tail), circles)
-    return found | circles
+        for folder in _folders(base, (), odd):
+            found |= _expand(os.path.join(glob.escape(folder), tail), odd)
+    return found | odd
 
 
-def _folders(folder: str, above: tuple[os.stat_result, ...], circles: set[str]) -> Iterator[str]:
+def _folders(folder: str, above: tuple[os.stat_result, ...], odd: set[str]) -> Iterator[str]:
     """A folder and all below it whose names do not begin with a dot."""
-    with suppress(OSError):
+    try:
         here = os.stat(folder or os.curdir)
-        if any(os.path.samestat(here, other) for other in above):
-            circles.add(folder)
-            return
-        yield folder
-        for entry in sorted(os.scandir(folder or os.curdir), key=lambda entry: entry.name):
-            if not entry.name.startswith(".") and entry.is_dir():
-                yield from _folders(os.path.join(folder, entry.name), (*above, here), circles)
+    except OSError:  # nothing is there
+        return
+    if any(os.path.samestat(here, other) for other in above):
+        odd.add(folder)
+        return
+    try:
+        entries = sorted(os.scandir(folder or os.curdir), key=lambda entry: entry.name)
+    except OSError:
+        odd.add(folder)
+        return
+    yield folder
+    for path in (os.path.join(folder, entry.name) for entry in entries if not entry.name.startswith(".")):
+        if os.path.isdir(path):  # where an entry's own is_dir() raises of a link to itself
+            yield from _folders(path, (*above, here), odd)
 
 
 def printable(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from refractor_core.config import RunConfig
-from refractor_core.data import Dataset, build
+from refractor_core.data import Dataset, build, pipeline
 from refractor_core.data.validate import validate
 from tests.data.corpora import run_config, words, write_jsonl
 
@@ -60,6 +60,26 @@ def test_validation_finds_what_a_build_did_not_look_for(tmp_path: Path) -> None:
     expected = {f"{tmp_path}/web.jsonl:{line}" for line in (4, 8)} & training
     assert expected and len(found) == len(expected)
     assert all(any(path in finding for finding in found) and "quiz.jsonl:2" in found[0] for path in expected)
+
+
+def test_a_set_that_changed_after_an_interruption_is_looked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = contaminated(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "make_tokenizer", interrupted)
+        build(config)
+    with (tmp_path / "quiz.jsonl").open("a") as stream:
+        stream.write(json.dumps({"question": words(5, 120)}) + "\n")
+    read = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".dataset.work/read/*/*")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "make_tokenizer", interrupted)
+        build(config)
+    assert {path: path.stat().st_mtime_ns for path in read} == read
+    dataset = build(config)
+    assert dataset.manifest.sources[0].removed == {"decontamination": 3} and validate(dataset, config) == []
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_set_that_cannot_be_read_stops_the_build(tmp_path: Path) -> None:

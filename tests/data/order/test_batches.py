@@ -260,6 +260,27 @@ def test_a_changed_future_leaves_earlier_batches_as_they_were(dataset: Dataset, 
         assert now.fingerprint(9) != then.fingerprint(9)
 
 
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_future_changes_the_past_where_epochs_are_limited(dataset: Dataset, data: st.DataObject) -> None:
+    """Limits are spent by the stages before, and lengths that later stages ask for divide what is left differently."""
+    both = {"min_document_tokens": 7, "max_document_tokens": 61}
+    bounds = st.sampled_from([{}, {"min_document_tokens": 12}, {"max_document_tokens": 45}, both])
+    stage = st.fixed_dictionaries({"sequence_length": st.integers(8, 40), "temperature": st.sampled_from([1.0, 3.0, 100.0])})
+    past, *futures = (data.draw(st.lists(st.tuples(stage, bounds, st.integers(2, 9)), min_size=least, max_size=3)) for least in (1, 0, 0))
+    plans, until = [], sum(steps for _, _, steps in past)
+    for future in futures:
+        stages, step = [], 0
+        for own, bound, steps in [*past, *future]:
+            step += steps
+            stages.append({**own, **bound, "until_step": step})
+        limits = {"max_epochs": 30, "source_max_epochs": {"small": 1.5, "middle": 0.4}}
+        plans.append(BatchPlan(dataset, config(data__mixture=limits, curriculum={"stages": stages}, run__steps=until)))
+    one, other = plans
+    assert one.fingerprint(until) == other.fingerprint(until)
+    assert all(equal(one.batch(step), other.batch(step)) for step in range(until))
+
+
 def test_extending_the_last_stage_leaves_earlier_batches_as_they_were(dataset: Dataset) -> None:
     longer = [*STAGES[:-1], {"until_step": 5000, "sequence_length": 24}]
     now, then = BatchPlan(dataset, config()), BatchPlan(dataset, config(curriculum={"stages": longer}))

@@ -2,9 +2,12 @@
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refractor_core.data.sources.licenses import classify, spdx_header
 from tests.data.sources.reading import read, rules
@@ -149,6 +152,27 @@ def test_what_nobody_wrote_is_told_and_left_out(tmp_path: Path) -> None:
     ]
     assert [Path(item.path).name for item in documents] == ["f.py", "g.txt", "h.py"]
     assert ("g.txt", "oversized") in rules(read("code", tmp_path, max_document_bytes=150)[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a.py", "LICENSE", ".gitignore", "d/b.min.js", "d/.gitignore", "d/COPYING"]),
+        st.binary(max_size=80) | st.text("*!/[]#\\\\ ab\n", max_size=40).map(str.encode),
+        min_size=1,
+    )
+)
+def test_whatever_a_tree_holds_nothing_is_raised_and_no_file_comes_twice(files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), files)
+        try:
+            documents, unread = read("code", folder)
+        except ValueError as error:
+            assert "leave no file" in str(error)
+            return
+        found = [item.path.removeprefix(f"{folder}/") for item in [*documents, *unread]]
+        assert set(found) <= files.keys() and len(found) == len(set(found))
+        assert len(read("code", folder, use_gitignore=False)[0]) >= len(documents)
 
 
 def test_symbolic_links_are_told_and_not_followed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from refractor_core.config.sources import JsonlSource, PythonStdlibSource, SourceConfig, TextSource
+from refractor_core.config.sources import CodeSource, JsonlSource, PythonStdlibSource, SourceConfig, TextSource
 from refractor_core.data.documents import Document, Unreadable
 from refractor_core.data.sources import list_files, read_file
 from refractor_core.data.sources import stdlib as stdlib_module
@@ -106,6 +106,28 @@ def test_unreadable_files_are_told_and_the_rest_is_read(tmp_path: Path) -> None:
     rules = {Path(item.path).name: item.rule for item in found if isinstance(item, Unreadable)}
     assert rules == {"1.txt": "invalid_utf8", "2.txt": "unreadable_file", "3.txt": "unreadable_file", "4.txt.gz": "unreadable_file"}
     assert [item.text for item in found if isinstance(item, Document)] == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "code"])
+def test_folders_that_cannot_be_listed_are_told_and_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    for name in ("a", "closed", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    honest = os.scandir
+
+    def scandir(path: object = "."):
+        if Path(path).name == "closed":  # whoever runs this may be allowed everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = CodeSource(kind="code", name="web", path=str(tmp_path)) if kind == "code" else jsonl_source(tmp_path / "**" / "*.jsonl")
+    found = read(source)
+    assert [item.path.split("/")[-2] for item in found if isinstance(item, Document)] == ["a", "z"]
+    rules = {Path(item.path).name: (item.rule, item.detail) for item in found if isinstance(item, Unreadable)}
+    told = ("unreadable_file", f"PermissionError: [Errno 13] Permission denied: '{tmp_path}/closed'")
+    assert rules.pop("closed") == told and set(rules) <= {"loop"}
 
 
 def test_a_path_that_matches_nothing_is_an_error_with_key_and_source(tmp_path: Path) -> None:
