@@ -92,7 +92,7 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
     keys["split"] = [path in task.given_up or chosen(path, task.heldout_share) for path in paths]
     order = np.lexsort((keys["low"], keys["high"], keys["split"]))
     keys, table, rows = keys[order], taken(table, order), rows[order]
-    texts, held = _Texts(task.segment), 0
+    texts, held, done = _Texts(task.segment), 0, 0
     with finished(task.piece) as folder:
         told: dict[str, Any] = {"bytes_by": Counter(), "told": [], "passed_over": encoder.passed_over}
         with (folder / "tokens.bin").open("wb") as stream:
@@ -105,7 +105,7 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
                 keys["tokens"][begin : begin + len(chunk)] = encoded.lengths
                 stream.write(encoded.tokens.astype(token_dtype(task.vocab_size)).tobytes())
                 watch.advance(size := sum(map(len, chunk)))
-                held += size
+                held, done = held + size, done + size
                 if held >= RELEASED:
                     release()
                     held = 0
@@ -113,6 +113,7 @@ def tokenise(task: TokeniseTask, watch: Watch) -> None:
         keys["bytes"] = texts.bytes
         np.save(folder / "keys.npy", keys)
         _write_rows(folder / "rows.arrow", task, table, keys, rows, texts)
+    watch.advance(task.segment.size() - done)  # what stages have cut out of texts is done too
 
 
 def write_encoding(dataset: Path, pieces: Sequence[Path]) -> None:

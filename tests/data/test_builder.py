@@ -146,6 +146,7 @@ def test_a_built_dataset_is_returned_refused_or_replaced(tmp_path: Path, capsys:
     told = capsys.readouterr().err
     for stage in ("read", "compare", "paragraph-hashes", "shorten", "perplexity-scores", "tokenizer", "tokenise", "assemble"):
         assert re.search(rf"{stage} *: .*/s", told) and re.search(rf"{stage} *: .*MiB of 2 GiB|{stage} *: 0.00", told), stage
+    assert re.search(r"tokenise *: 100%", told)
     assert build(config).sha256 == before
     assert "already built" in capsys.readouterr().err
     other = config.model_copy(update={"data": config.data.model_copy(update={"heldout_share": 0.3})})
