@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refractor_kernels.gpu import backend, tables
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import A_ROW, Shipped, Variant
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -174,7 +174,7 @@ def _variants(forward: bool) -> tuple[Variant, ...]:
         types = dict.fromkeys(tensors.split(), f"*{dtype}") | {"scale_R": "*fp32", "rows": "i32", "columns": "i32:16"}
         types |= {"eps": "fp32"} if forward else {"partial_PD": "*fp32"}
         for residual in (False, True):
-            found.append(Variant(f"{dtype} {'with residual' if residual else 'alone'}", types, {"RESIDUAL": residual}))
+            found.append(Variant(f"{dtype} {'with residual' if residual else 'alone'}", types, {"RESIDUAL": residual}, {"scale_R": A_ROW}))
     return tuple(found)
 
 
