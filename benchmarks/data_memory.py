@@ -3,10 +3,14 @@
 Copies of real documents (see ``data/corpus.py``) are written as JSON lines, a file at a time, and built with ``data.memory_limit``. The
 build's processes are watched from outside: the sum of their proportional set sizes every ``EVERY`` seconds, and the kernel's own peak of
 resident memory of each, which counts pages of libraries and files in full. Interrupted, it goes on where it was with the same ``--folder``,
-and so do the peaks.
+and so do the peaks. In a memory control group the kernel holds the build to the limit, pages of files that it read or wrote included, and kills it
+where it cannot.
 
-usage: python benchmarks/data_memory.py --corpus PATH … [--gibibytes 5] [--limit 512MiB] [--workers 1] [--folder F] [--dry]
+usage: python benchmarks/data_memory.py --corpus PATH … [--gibibytes 5] [--limit 512MiB] [--workers 1] [--cgroup C] [--folder F] [--dry]
   --corpus: files or folders, each a source named after it; one named ``code`` is of the domain ``code``.
+  --cgroup: a control group's folder, made before by who may, such as
+            mkdir /sys/fs/cgroup/build; echo 512M > /sys/fs/cgroup/build/memory.max                        (version 2; no swap: memory.swap.max)
+            mkdir /sys/fs/cgroup/memory/build; echo 512M > /sys/fs/cgroup/memory/build/memory.limit_in_bytes     (version 1)
   --dry: prints the figures and records nothing.
 """
 
@@ -103,13 +107,22 @@ def resident(process: int) -> int:
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
-def watch(command: list[str], path: Path) -> dict:
+def kernel_limit(cgroup: Path) -> int:
+    """Bytes that the kernel allows to a memory control group, of version 2 or 1."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        if (cgroup / name).exists():
+            return int((cgroup / name).read_text())
+    sys.exit(f"{cgroup}: not a control group with a limit of memory; make one as --help says")
+
+
+def watch(command: list[str], path: Path, cgroup: Path | None) -> dict:
     """Runs the build and returns its peaks, together with those of earlier runs, which ``path`` keeps; exits if the build fails."""
+    enter = [] if cgroup is None else ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cgroup)]
     peaks = {"runs": 0, "seconds": 0.0, "cpu_seconds": 0.0, "processes": 0, "peak_pss": 0, "peak_resident_of_one": 0}
     peaks |= json.loads(path.read_text()) if path.exists() else {}
     peaks["runs"] += 1
     earlier, begin = peaks["seconds"], time.monotonic()
-    with subprocess.Popen(command) as build:
+    with subprocess.Popen([*enter, *command]) as build:
         try:
             while build.poll() is None:
                 members = family(build.pid)
@@ -132,6 +145,7 @@ def main() -> None:
     parser.add_argument("--gibibytes", type=float, default=5)
     parser.add_argument("--limit", default="512MiB")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--cgroup", type=Path)
     parser.add_argument("--folder", type=Path, help="where everything is made; removed at the end")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
@@ -143,12 +157,13 @@ def main() -> None:
         sys.exit(f"{folder}: less than {readable(SPARE * size)} free")
     texts = write_corpus(folder / "corpus", args.corpus, size)
     path = folder / "config.yaml"
+    kernel = {} if args.cgroup is None else {"kernel_limit": kernel_limit(args.cgroup)}
     run = config(folder, list(texts), args.limit, args.workers)
     path.write_text(yaml.safe_dump(run))
-    peaks = watch([sys.executable, "-m", "refractor_core.cli.main", "data", "build", str(path)], folder / "peaks.json")
+    peaks = watch([sys.executable, "-m", "refractor_core.cli.main", "data", "build", str(path)], folder / "peaks.json", args.cgroup)
     dataset = Dataset.open(folder / "dataset")
     limit = RunConfig.model_validate(run).data.memory_limit
-    figures = {"limit": limit, "workers": args.workers, "text_bytes": texts, "bytes": sum(texts.values())} | peaks
+    figures = {"limit": limit, "workers": args.workers, "text_bytes": texts, "bytes": sum(texts.values())} | kernel | peaks
     figures["documents"] = {source.name: source.read for source in dataset.manifest.sources}
     figures["tokens"] = sum(source.train.tokens + source.heldout.tokens for source in dataset.manifest.sources)
     figures["stages"] = [stage.name for stage in dataset.manifest.stages]
