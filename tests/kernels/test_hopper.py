@@ -105,7 +105,7 @@ def test_a_pointer_that_is_read_narrowly_fails():
 
 
 def test_every_exception_is_made_use_of():
-    """Whoever makes a pointer's accesses wide takes its exception away. Modes of one kernel share a list, and some read less than others."""
+    """Whoever makes a pointer's accesses wide takes its exception away. Modes of a kernel share a list, and some read less than others."""
     if find_spec("triton") is None:
         missing(HOW_TO_GET)
     written = json.loads((ROOT / "benchmarks" / "results" / "hopper_check.json").read_text())
