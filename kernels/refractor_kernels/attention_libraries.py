@@ -1,25 +1,23 @@
 """Attention by libraries: the flash_attn package and cuDNN, for causal attention without boundaries inside a row and without a window.
 
-Which is tried first is told by ``attention_order.json``, by architecture and shape. Neither gets a mask: on torch 2.11 cuDNN's gradients
+Which is tried first is told by ``attention_order``, by architecture and shape. Neither gets a mask: on torch 2.11 cuDNN's gradients
 are NaN with one (pytorch issue 196678), and a window or boundaries are for our own kernels. Deterministic mode asks flash_attn for its
 ordered backward and leaves cuDNN out, whose backward has none.
 Legend: B batch, S sequence, H query heads, G key-value heads, D width of queries and keys, E width of values.
 """
 
 import importlib
-import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from refractor_kernels import attention_order
 from refractor_kernels.attention import fused
 from refractor_kernels.dispatch import Op
 
-_ORDER = json.loads((Path(__file__).parent / "attention_order.json").read_text())
 _MODULES = {3: "flash_attn_interface", 2: "flash_attn"}
 
 
@@ -68,23 +66,14 @@ def _with_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None,
     return out[0] if isinstance(out, tuple) else out
 
 
-def prefer(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, **options: object) -> tuple[list[str], str]:
-    """Names in the order to try them, and where that is from. Unlisted architectures keep to PyTorch's own choice."""
-    architecture = "other"
-    if q.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(q.device)
-        architecture = f"sm{major}{minor}"
-    return order(architecture, length=q.shape[1], width=q.shape[-1], generation=GENERATION)
-
-
-def order(architecture: str, *, length: int, width: int, generation: int | None) -> tuple[list[str], str]:
-    """As ``prefer``, of the first entry of the table that holds the sizes."""
-    sizes = {"length": length, "width": width}
-    for entry in _ORDER.get(architecture, _ORDER["other"]):
-        if all(sizes[name] <= bound for name, bound in entry["to"].items()):
-            names = [name.split()[0] for name in entry["order"] if not name.startswith("flash_attn") or name == f"flash_attn {generation}"]
-            return names, entry["source"]
-    raise AssertionError(f"the last entry of {architecture} must have no bounds")
+def prefer(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, window: int | None, **options: object
+) -> tuple[list[str], str]:  # fmt: skip
+    """Names in the order to try them, and where that is from. Boundaries inside a row and windows are for our own kernels."""
+    length = q.shape[1]
+    if cu_seqlens is not None and len(cu_seqlens) > q.shape[0] + 1 or window is not None and window < length:
+        return ["triton", "torch"], "boundaries inside a row or a window"
+    return attention_order.find(attention_order.architecture(q.device), length=length, width=q.shape[-1], generation=GENERATION)
 
 
 _ATTENTION = Op.registry["attention"]

@@ -1,8 +1,9 @@
 """``python -m refractor_kernels.hopper_check [--json] [--quick] [KERNEL …]``: every shipped configuration compiles well for Hopper.
 
 Compiles ahead of time for sm_90a, without a GPU, all that the tuning tables can launch, and has the assembler report on it. A
-configuration passes if it spills nothing, fits into shared memory, and, where it multiplies matrices, does so with wgmma fed by TMA or
-cp.async; where it only moves data, nearly all bytes go 16 at a time. What runs at which speed only a GPU can tell.
+configuration passes if it spills nothing, fits into shared memory, loads and stores 16 bytes a thread at a time through every pointer that
+is not a stated exception, and, where it multiplies matrices, does so with wgmma fed by TMA or cp.async. The exceptions that a configuration
+makes use of stand below its line, each with the reason. What runs at which speed only a GPU can tell.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from refractor_kernels.gpu import tables
 from refractor_kernels.gpu.backend import HOW_TO_GET, INTERPRETED
 from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.ptx import accesses
 
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one block may ask for on compute capability 9.0: 227 KiB (CUDA C++ Programming Guide, table of technical
@@ -27,7 +29,12 @@ specifications)."""
 
 @dataclass(frozen=True)
 class Report:
-    """What the assembler says of one configuration. ``wgmma``, ``tma`` and ``cp_async`` count instructions."""
+    """What the assembler says of one configuration. ``wgmma``, ``tma`` and ``cp_async`` count instructions.
+
+    Args:
+        widths: by pointer, how many loads and stores of which width in bytes stand in the code; asynchronous copies are not among them.
+        narrow: by pointer with some narrower than 16 bytes, why that is right.
+    """
 
     kernel: str
     config: str
@@ -37,7 +44,8 @@ class Report:
     wgmma: int
     tma: int
     cp_async: int
-    wide_share: float
+    widths: dict[str, str]
+    narrow: dict[str, str]
     problem: str
 
     @property
@@ -45,30 +53,47 @@ class Report:
         return not self.problem
 
 
-def problem(work: str, spill_bytes: int, shared_bytes: int, wgmma: int, fed: int, wide_share: float, least: float) -> str:
-    """Why the configuration must not be shipped; empty if nothing is wrong. ``fed``: asynchronous copies, by TMA or cp.async."""
+def problem(multiplies: bool, spill_bytes: int, shared_bytes: int, wgmma: int, fed: int, unexplained: list[str]) -> str:
+    """Why the configuration must not be shipped; empty if nothing is wrong.
+
+    Args:
+        fed: asynchronous copies, by TMA or cp.async.
+        unexplained: pointers with accesses narrower than 16 bytes that no exception names.
+    """
     found = []
     if spill_bytes:
         found.append(f"spills {spill_bytes} bytes")
     if shared_bytes > SHARED_LIMIT:
         found.append(f"needs {shared_bytes} bytes of shared memory, {SHARED_LIMIT} are there")
-    if work == "multiplies" and not wgmma:
+    if multiplies and not wgmma:
         found.append("no wgmma")
-    if work == "multiplies" and not fed:
+    if multiplies and not fed:
         found.append("neither TMA nor cp.async")
-    if work == "moves" and wide_share < least:
-        found.append(f"only {wide_share:.0%} of the bytes move 16 at a time")
+    if unexplained:
+        found.append(f"less than 16 bytes at a time: {', '.join(unexplained)}")
     return "; ".join(found)
 
 
-def wide_share(ptx: str) -> float:
-    """Part of the bytes of global loads and stores, as they stand in the code, that moves in units of 16; 0 if there are none of either."""
-    moved = {"ld": [0, 0], "st": [0, 0]}
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[a-zA-Z_:0-9]+)*?(?:\.v([24]))?\.[bfus](8|16|32|64)\b", ptx):
-        size = int(vector or 1) * int(bits) // 8
-        moved[kind][0] += size
-        moved[kind][1] += size * (size == 16)
-    return min((wide / every if every else 0.0) for every, wide in moved.values())
+def _parameters(variant: Variant, names: list[str]) -> list[str]:
+    """Of the compiled function, by the argument that each is of: a tensor map is followed by its sizes and strides."""
+    found = []
+    for name in names:
+        kind = variant.types.get(name, "")
+        found += [name] * (1 + 2 * (kind.count(",") + 1) if kind.startswith("tensordesc") else bool(kind))
+    return found
+
+
+def _narrow(widths: dict[str, dict[int, int]], variant: Variant, bucket: tables.Bucket) -> tuple[dict[str, str], list[str]]:
+    """Of the pointers with accesses narrower than 16 bytes: those that are excepted, and why; the others."""
+    excepted, others = {}, []
+    for name, found in widths.items():
+        wide_share = found.get(16, 0) * 16 / sum(width * count for width, count in found.items())
+        exception = variant.narrow.get(name)
+        if wide_share < 1 and exception is not None and exception.holds(bucket.constants, wide_share):
+            excepted[name] = exception.why
+        elif wide_share < 1:
+            others.append(name)
+    return excepted, others
 
 
 def examine(shipped: Shipped, variant: Variant, bucket: tables.Bucket) -> Report:
@@ -94,10 +119,12 @@ def examine(shipped: Shipped, variant: Variant, bucket: tables.Bucket) -> Report
         "tma": ptx.count("cp.async.bulk.tensor"),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
     }
-    share = wide_share(ptx)
-    wrong = problem(shipped.work, spilled, shared, counts["wgmma"], counts["tma"] + counts["cp_async"], share, shipped.wide_share)
+    widths = accesses(ptx, _parameters(variant, names))
+    told = {name: ", ".join(f"{count} of {width}" for width, count in found.items()) for name, found in widths.items()}
+    narrow, unexplained = _narrow(widths, variant, bucket)
+    wrong = problem(shipped.multiplies, spilled, shared, counts["wgmma"], counts["tma"] + counts["cp_async"], unexplained)
     return Report(
-        shipped.table, f"{variant.label}, {bucket}", registers, spilled, shared, **counts, wide_share=round(share, 3), problem=wrong
+        shipped.table, f"{variant.label}, {bucket}", registers, spilled, shared, **counts, widths=told, narrow=narrow, problem=wrong
     )
 
 
@@ -157,7 +184,10 @@ def _line(report: Report) -> str:
     counts = (
         f"{report.registers:4d} {report.spill_bytes:6d} {report.shared_bytes:7d} {report.wgmma:6d} {report.tma:4d} {report.cp_async:4d}"
     )
-    return f"{report.kernel:22s} {counts} {report.wide_share:5.0%}  {verdict:4s} {report.config}"
+    lines = [f"{report.kernel:26s} {counts}  {verdict:4s} {report.config}"]
+    for name, why in report.narrow.items():
+        lines.append(f"{'':10s}{name}: {report.widths[name]} bytes: {why}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if not asked.json:
-        print(f"{'kernel':22s} regs spills  shared  wgmma  tma cp.a  wide")
+        print(f"{'kernel':26s} regs spills  shared  wgmma  tma cp.a")
     reports = []
     for shipped, variant, bucket in chosen:
         reports.append(examine(shipped, variant, bucket))

@@ -2,7 +2,8 @@
 
 For each bucket of each kernel it climbs from what is shipped: of the configurations one step away (warps or stages, a tile, programs per
 multiprocessor) those that pass the ahead-of-time check are timed, and the fastest is the next to climb from, until none is faster by
-more than a measurement's noise. Nothing is tuned by itself: the file is adopted by who names it (``run.kernel_tables``), and all ranks
+more than a measurement's noise. ``attention_order`` is no kernel but the order in which attention's backends are tried, see
+``tune_attention``. Nothing is tuned by itself: the file is adopted by who names it (``run.kernel_tables``), and all ranks
 take rank 0's, because sums are cut as the tables say.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from refractor_kernels import attention_order, tune_attention
 from refractor_kernels.gpu import backend, tables
 
 NOISE = 0.02
@@ -78,6 +80,19 @@ def tuned(kernel: str, device: torch.device, time: Callable[[Callable[[], object
     return tuple(found)
 
 
+def _tune(name: str, device: torch.device, time: Callable[[Callable[[], object]], float]) -> None:
+    """Takes what is measured for a table and prints it."""
+    if name == attention_order.TABLE:
+        attention_order.put(found := tune_attention.measured(device, time))
+        for entry in (entry for entries in found.values() for entry in entries):
+            print(f"{name:24s} {entry['to'] or 'any'}: {', '.join(entry['order'])} ({entry['source']})", flush=True)
+        return
+    before, found = tables.buckets(name), tuned(name, device, time)
+    for old, new in zip(before, found, strict=True):
+        print(f"{name:24s} {old}" + ("" if old == new else f"  →  {new}"), flush=True)
+    tables.put(name, found)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 1: no GPU that the tables are for; 2: wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m refractor_kernels.tune", description=__doc__.split("\n\n")[1])
@@ -93,17 +108,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     from refractor_kernels.hopper_check import everything
 
-    names = [shipped.table for shipped in everything()]
+    names = [*(shipped.table for shipped in everything()), attention_order.TABLE]
     unknown = [kernel for kernel in asked.kernels if kernel not in names]
     if unknown:
         parser.error(f"no kernel named {', '.join(unknown)}; there are {', '.join(names)}")
+    done = []
     for kernel in asked.kernels or names:
-        before = tables.buckets(kernel)
-        found = tuned(kernel, device, lambda call: do_bench(call, return_mode="median"))
-        for old, new in zip(before, found, strict=True):
-            print(f"{kernel:24s} {old}" + ("" if old == new else f"  →  {new}"), flush=True)
-        tables.put(kernel, found)
-        asked.into.write_text(tables.written(asked.kernels or names))
+        _tune(kernel, device, lambda call: do_bench(call, return_mode="median"))
+        done.append(kernel)
+        asked.into.write_text(tables.written(done))
     return 0
 
 

@@ -37,8 +37,8 @@ class RunSection(Section):
     threads: PositiveInt | None = None
     """CPU threads per rank; null: the machine's cores over the ranks on it."""
     kernel_tables: str | None = None
-    """File of launch parameters that ``python -m refractor_kernels.tune`` measured on this kind of GPU. Rank 0 reads it, all ranks take its
-    tables. Null: those that are shipped."""
+    """File of launch parameters, and of the order of attention's backends, that ``python -m refractor_kernels.tune`` measured on this kind
+    of GPU. Rank 0 reads it, all ranks take its tables. Null: those that are shipped."""
 
 
 class RunConfig(Section):

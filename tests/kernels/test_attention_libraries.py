@@ -1,14 +1,12 @@
 """Which library attention goes to is told by a table, and what it cannot do is refused; that they are right needs a GPU to show."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refractor_kernels as rk
 from refractor_kernels import attention_libraries as libraries
+from refractor_kernels import attention_order
 from refractor_kernels.attention import _WITH_MASK
 from refractor_kernels.dispatch import NAMES, Op
 
@@ -17,18 +15,17 @@ OPTIONS = {"scale": 1.0, "window": None}
 
 
 def test_every_architecture_has_an_answer_for_every_shape_and_says_where_from():
-    table = json.loads((Path(libraries.__file__).parent / "attention_order.json").read_text())
-    for architecture, entries in table.items():
+    for architecture, entries in attention_order.entries().items():
         assert entries[-1]["to"] == {} and all(entry["source"] for entry in entries)
         for generation in (None, 2, 3):
-            names, _ = libraries.order(architecture, length=1 << 20, width=512, generation=generation)
+            names, _ = attention_order.find(architecture, length=1 << 20, width=512, generation=generation)
             assert set(names) <= set(NAMES) and names[-1] == "torch" and len(set(names)) == len(names)
 
 
 def test_the_second_generation_of_flash_attn_comes_after_cudnn_on_hopper():
-    order = lambda generation: libraries.order("sm90", length=4096, width=128, generation=generation)[0]  # noqa: E731
+    order = lambda generation: attention_order.find("sm90", length=4096, width=128, generation=generation)[0]  # noqa: E731
     assert order(3)[:2] == ["flash_attn", "cudnn"] and order(2)[:2] == ["cudnn", "flash_attn"] and "flash_attn" not in order(None)
-    assert libraries.order("sm80", length=4096, width=128, generation=2)[0] == ["triton", "torch"]
+    assert attention_order.find("sm80", length=4096, width=128, generation=2)[0] == ["torch"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +50,7 @@ def test_what_a_library_refuses(device, change, told):
 
 
 def test_elsewhere_attention_is_pytorchs_and_a_named_library_is_refused():
-    assert rk.explain("attention", Q, KV, KV, None, **OPTIONS).startswith("attention: torch (not triton: ")
+    assert rk.explain("attention", Q, KV, KV, None, **OPTIONS).startswith("attention: torch (order: PyTorch's own choice)")
     for name in ("cudnn", "flash_attn"):
         with pytest.raises(ValueError, match=f"attention: backend='{name}' does not support these arguments"):
             rk.attention(Q, KV, KV, backend=name)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from refractor_kernels import tune
+from refractor_kernels import attention_order, tune
 from refractor_kernels.gpu import tables
 
 START = tables.Bucket({"columns": 64}, {"ROWS": 8, "BLOCK": 64}, num_warps=2, num_stages=2, grid={"programs": 132})
@@ -50,6 +50,9 @@ def test_a_file_is_adopted(tmp_path, restored):
         ("{", "holds no tuning tables"),
         ("[]", "holds no tuning tables"),
         ('{"adamw": [{"to": {}}]}', "holds no tuning tables"),
+        ('{"attention_order": []}', "is no list of entries by architecture"),
+        ('{"attention_order": {"sm90": [{"to": {}, "order": ["cudnn"], "source": "x"}]}}', "with torch"),
+        ('{"attention_order": {"sm90": [{"to": {"width": 64}, "order": ["torch"], "source": "x"}]}}', "must have no bounds"),
         ('{"adam": []}', "there is no kernel adam; there are rms_norm_forward"),
         ('{"adamw": []}', "the buckets of adamw are not those of this version"),
         ('{"adamw": [{"to": {}, "constants": {"BLOCK": 64, "TAIL": 128}, "num_warps": 4, "num_stages": 1}]}', "the buckets of adamw"),
@@ -69,13 +72,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         tables.adopt(tmp_path / "nowhere.json")
 
 
-def _warps_after_sharing(rank: int) -> tuple[int, int]:
+def _after_sharing(rank: int) -> tuple[int, str]:
     (own,) = tables.buckets("adamw")
     tables.put("adamw", (replace(own, num_warps=1 << rank),))
-    before = tables.choose("adamw").num_warps
+    attention_order.put({"other": [{"to": {}, "order": ["torch"], "source": f"of rank {rank}"}]})
     tables.share()
-    return before, tables.choose("adamw").num_warps
+    return tables.choose("adamw").num_warps, attention_order.find("other", length=1, width=1, generation=None)[1]
 
 
 def test_all_ranks_take_rank_0s(ranks):
-    assert ranks(3, _warps_after_sharing) == [(1, 1), (2, 1), (4, 1)]
+    assert ranks(3, _after_sharing) == [(1, "of rank 0")] * 3

@@ -31,9 +31,9 @@ _NAMES = (
 )
 
 if HINDRANCE is None:
-    from refractor_kernels.gpu import adamw, attention, cross_entropy, experts, norm, rotary, router, swiglu
+    from refractor_kernels.gpu import adamw, attention, cross_entropy, experts, norm, rotary, routing, swiglu
 
-    for _module in (adamw, attention, cross_entropy, experts, norm, rotary, router, swiglu):
+    for _module in (adamw, attention, cross_entropy, experts, norm, rotary, routing, swiglu):
         for _name, (_run, _refuse) in _module.OPS.items():
             Op.registry[_name].register("triton", _run, _refuse)
 else:

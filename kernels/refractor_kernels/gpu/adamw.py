@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refractor_kernels.adamw import CHUNK, AdamWTensors, addresses
 from refractor_kernels.gpu import backend, tables
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import Narrow, Shipped, Variant
 
 
 @triton.jit
@@ -118,6 +118,10 @@ def _refuse(tensors: AdamWTensors, factor: Tensor | None, **options: object) -> 
 OPS = {"adamw": (_run, _refuse)}
 
 
+_NARROW = dict.fromkeys(("address_N6", "size_N", "decay_N", "tensor_C", "number_C", "factor_1"), Narrow("one number a program"))
+_NARROW |= {"*address_N6": Narrow("what a tensor holds beyond its last whole block goes by number", wide_share=0.7)}
+
+
 def _variants() -> tuple[Variant, ...]:
     types = {"address_N6": "*i64", "size_N": "*i64", "decay_N": "*fp32", "tensor_C": "*i32", "number_C": "*i32", "factor_1": "*fp32"}
     numbers = "learning_rate beta1 rest1 beta2 rest2 epsilon correction root average_weight"
@@ -126,9 +130,8 @@ def _variants() -> tuple[Variant, ...]:
     for low in ("fp32", "bf16", "fp16"):
         for average in (False, True):
             modes = {"LOW": low != "fp32", "AVERAGE": average, "SPAN": CHUNK}
-            found.append(Variant(f"{low} {'with average' if average else 'alone'}", types | {"low": f"*{low}"}, modes))
+            found.append(Variant(f"{low} {'with average' if average else 'alone'}", types | {"low": f"*{low}"}, modes, _NARROW))
     return tuple(found)
 
 
-# Beside the whole blocks, as the code stands: the table's numbers, and the masked rest of a tensor.
-SHIPPED = (Shipped("adamw", _adamw, _variants(), wide_share=0.7),)
+SHIPPED = (Shipped("adamw", _adamw, _variants()),)

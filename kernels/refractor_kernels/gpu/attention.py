@@ -128,16 +128,8 @@ def _refuse_spans(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **optio
     return backend.refusal("q", q, dtypes, "attention_forward", width=width, value_width=value_width)
 
 
-def _refuse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, *, scale: float = 1.0, window: int | None = None
-) -> str | None:
-    if window is None and (cu_seqlens is None or len(cu_seqlens) <= q.shape[0] + 1):
-        return "plain causal attention belongs to PyTorch's fused kernels"
-    return _refuse_spans(q, k, v)
-
-
 OPS = {
-    "attention": (lambda *tensors, **options: _run_with_lse(*tensors, **options)[0], _refuse),
+    "attention": (lambda *tensors, **options: _run_with_lse(*tensors, **options)[0], _refuse_spans),
     "attention_with_lse": (_run_with_lse, _refuse_spans),
     "span_attention": (lambda q, k, v, first, last, *, scale: _attention(q, k, v, first, last, scale, True), _refuse_spans),
     "span_attention_backward": (

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refractor_kernels.gpu.shipped import Shipped, Variant, both
+from refractor_kernels.gpu.shipped import A_ROW, Narrow, Shipped, Variant, both
 
 NOWHERE = tl.constexpr(2**30)
 FARTHEST = 2**31 // 256
@@ -55,5 +55,9 @@ def shipped(table: str, kernel, outputs: tuple[str, ...]) -> Shipped:
     constants = {"REAL_D": "width", "REAL_E": "value_width"} | ({"LSE": True} if "LSE" in names else {})
     pointers = ("q_BSHD", "k_BKGD", "v_BKGE", "out_BSHE", "grad_BSHE", "grad_q_BSHD", "grad_k_BKGD", "grad_v_BKGE")
     bf16 = types | {name: "*bf16" for name in pointers if name in names}
+    by_row = ("first_BS", "last_BS", "lse_BHS", "grad_lse_BHS", "delta_BHS")
+    narrow = dict.fromkeys(by_row, A_ROW) | dict.fromkeys(("begin_BT", "end_BT"), Narrow("one number a program"))
     wide = bf16 | {name: "*fp32" for name in outputs}
-    return Shipped(table, kernel, both(Variant("bf16", bf16, constants), Variant("bf16 to float32", wide, constants)), work="multiplies")
+    return Shipped(
+        table, kernel, both(Variant("bf16", bf16, constants, narrow), Variant("bf16 to float32", wide, constants, narrow)), multiplies=True
+    )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refractor_kernels.gpu import tables
-from refractor_kernels.gpu.shipped import Shipped, Variant, both
+from refractor_kernels.gpu.shipped import Narrow, Shipped, Variant, both
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -42,6 +42,9 @@ def combine(rows_PD: Tensor, row_TK: Tensor, weight_TK: Tensor | None) -> Tensor
     return out_TD
 
 
+_A_CHOICE = Narrow("one number a choice, which all threads read from one place")
+
+
 def _variant(weighted: bool) -> Variant:
     types = {
         "rows_PD": "*bf16",
@@ -52,8 +55,9 @@ def _variant(weighted: bool) -> Variant:
         "top_k": "i32",
         "columns": "i32:16",
     }
-    return Variant("bf16 weighted" if weighted else "bf16", types, {"WEIGHTED": weighted})
+    return Variant(
+        "bf16 weighted" if weighted else "bf16", types, {"WEIGHTED": weighted}, dict.fromkeys(("row_TK", "weight_TK"), _A_CHOICE)
+    )
 
 
-# With each 16 bytes come the row's number and its weight, of 4 bytes each, which all threads read from one place.
-SHIPPED = (Shipped("combine", _combine, both(_variant(True), _variant(False)), wide_share=0.6),)
+SHIPPED = (Shipped("combine", _combine, both(_variant(True), _variant(False))),)

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from refractor_kernels.gpu import backend, tables
 from refractor_kernels.gpu.pairs import Pairs
-from refractor_kernels.gpu.shipped import Shipped, Variant, both
+from refractor_kernels.gpu.shipped import A_ROW, AN_EXPERT, Shipped, Variant, both
 from refractor_kernels.gpu.swiglu import swiglu_backward, swiglu_forward
 
 
@@ -148,9 +148,10 @@ MODES = {
 def _shipped(table: str) -> Shipped:
     pointers = dict.fromkeys(("a_MK", "out", "pre_PG", "extra_PF"), "*bf16") | dict.fromkeys(("weight_P", "partial_PC"), "*fp32")
     pointers |= dict.fromkeys(("token_P", "start_E1"), "*i32")
+    narrow = dict.fromkeys(("token_P", "weight_P", "partial_PC"), A_ROW) | {"start_E1": AN_EXPERT}
     block = "{BLOCK_K},{BLOCK_N}" if MODES[table]["TRANSPOSED"] else "{BLOCK_N},{BLOCK_K}"
     types = pointers | {"w_desc": f"tensordesc<bf16[1,{block}]>"} | dict.fromkeys(("experts", "n", "k"), "i32:16")
-    return Shipped(table, _grouped, both(Variant("bf16", types, MODES[table])), work="multiplies")
+    return Shipped(table, _grouped, both(Variant("bf16", types, MODES[table], narrow)), multiplies=True)
 
 
 SHIPPED = tuple(_shipped(table) for table in MODES)

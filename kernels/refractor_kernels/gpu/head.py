@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from refractor_kernels.gpu import tables
-from refractor_kernels.gpu.shipped import Shipped, Variant, both
+from refractor_kernels.gpu.shipped import A_ROW, Shipped, Variant, both
 
 
 @triton.jit
@@ -153,19 +153,21 @@ def _products(table: str, transposed: bool, results: tuple[tuple[str, bool], ...
         Variant(f"bf16 to {dtype}{', added' if add else ''}", types | {"out_MN": f"*{dtype}"}, {"TRANSPOSED": transposed, "ADD": add})
         for dtype, add in results
     )
-    return Shipped(table, _multiply, both(*variants), work="multiplies")
+    return Shipped(table, _multiply, both(*variants), multiplies=True)
 
 
 _OPERANDS = {"x_desc": "tensordesc<bf16[{BLOCK_M},{BLOCK_K}]>", "w_desc": "tensordesc<bf16[{BLOCK_N},{BLOCK_K}]>", "label_T": "*i64"}
 _SUMS = _OPERANDS | dict.fromkeys(("max_CT", "sum_CT", "target_T"), "*fp32") | {"tokens": "i32", "vocabulary": "i32", "depth": "i32:16"}
 _GRADIENTS = _OPERANDS | dict.fromkeys(("max_T", "grad_sum_T", "grad_target_T"), "*fp32") | {"tokens": "i32", "first": "i32"}
+_GRADIENTS |= {"out_desc": "tensordesc<bf16[{BLOCK_M},{BLOCK_N}]>", "width": "i32", "depth": "i32:16"}
+_NARROW = dict.fromkeys(("label_T", "max_CT", "sum_CT", "target_T", "max_T", "grad_sum_T", "grad_target_T"), A_ROW)
 SHIPPED = (
-    Shipped("head_sums", _sums, both(Variant("bf16", _SUMS)), work="multiplies"),
+    Shipped("head_sums", _sums, both(Variant("bf16", _SUMS, narrow=_NARROW)), multiplies=True),
     Shipped(
         "head_gradients",
         _gradients,
-        both(Variant("bf16", _GRADIENTS | {"out_desc": "tensordesc<bf16[{BLOCK_M},{BLOCK_N}]>", "width": "i32", "depth": "i32:16"})),
-        work="multiplies",
+        both(Variant("bf16", _GRADIENTS, narrow=_NARROW)),
+        multiplies=True,
     ),
     _products("head_input_gradient", False, (("bf16", False), ("fp32", False), ("fp32", True))),
     _products("head_weight_gradient", True, (("bf16", False),)),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refractor_kernels.gpu import backend, tables
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import A_ROW, Narrow, Shipped, Variant
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -170,11 +170,13 @@ def _variants(forward: bool) -> tuple[Variant, ...]:
     """In each dtype, with and without the residual."""
     tensors = "x_RD residual_RD weight_D y_RD total_RD" if forward else "grad_RD grad_total_RD x_RD weight_D grad_x_RD"
     found = []
+    a_program = Narrow("one row a program, of less than 16 bytes a thread", below={"BLOCK": 1024})
+    narrow = {"scale_R": A_ROW, "weight_D": a_program, "partial_PD": a_program}
     for dtype in ("bf16", "fp16", "fp32"):
         types = dict.fromkeys(tensors.split(), f"*{dtype}") | {"scale_R": "*fp32", "rows": "i32", "columns": "i32:16"}
         types |= {"eps": "fp32"} if forward else {"partial_PD": "*fp32"}
         for residual in (False, True):
-            found.append(Variant(f"{dtype} {'with residual' if residual else 'alone'}", types, {"RESIDUAL": residual}))
+            found.append(Variant(f"{dtype} {'with residual' if residual else 'alone'}", types, {"RESIDUAL": residual}, narrow))
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refractor_kernels.gpu import backend, tables
 from refractor_kernels.gpu.pairs import Pairs
-from refractor_kernels.gpu.shipped import Shipped, Variant, both
+from refractor_kernels.gpu.shipped import A_ROW, AN_EXPERT, Shipped, Variant, both
 
 
 @triton.jit
@@ -71,9 +71,10 @@ def outer(left_ML: Tensor, right_MR: Tensor, pairs: Pairs, gather: str, out_ELR:
 def _shipped(table: str, accumulate: bool) -> Shipped:
     types = dict.fromkeys(("left_ML", "right_MR"), "*bf16") | {"out_ELR": "*fp32" if accumulate else "*bf16"}
     types |= dict.fromkeys(("token_P", "start_E1", "longest_E"), "*i32") | dict.fromkeys(("experts", "left_width", "right_width"), "i32:16")
+    narrow = {"token_P": A_ROW, "start_E1": AN_EXPERT, "longest_E": AN_EXPERT}
     modes = [{"GATHER": side, "ACCUMULATE": accumulate} for side in ("left", "right")]
-    variants = (Variant(f"bf16 {mode['GATHER']} gathered", types, mode) for mode in modes)
-    return Shipped(table, _outer, both(*variants), work="multiplies")
+    variants = (Variant(f"bf16 {mode['GATHER']} gathered", types, mode, narrow) for mode in modes)
+    return Shipped(table, _outer, both(*variants), multiplies=True)
 
 
 SHIPPED = (_shipped("weight_gradient", False), _shipped("weight_gradient_added", True))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refractor_kernels.gpu import tables
-from refractor_kernels.gpu.shipped import Shipped, Variant
+from refractor_kernels.gpu.shipped import Narrow, Shipped, Variant
 
 
 class Pairs(NamedTuple):
@@ -85,8 +85,12 @@ def sort(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Pairs:
 
 
 _TYPES = {"index_TK": "*i64", "weight_TK": "*fp32", "pairs": "i32", "experts": "i32:16"}
+_A_PAIR = Narrow("one pair a thread: a chunk takes one instruction at any width")
+_ANYWHERE = Narrow("one number a pair, whose place its expert tells")
+_CHUNK = dict.fromkeys(("index_TK", "weight_TK", "row_TK"), _A_PAIR)
+_SCATTERED = dict.fromkeys(("before_CE", "start_E1", "token_P", "weight_P"), _ANYWHERE)
 _PLACE = dict.fromkeys(("before_CE", "start_E1", "token_P", "row_TK"), "*i32") | {"weight_P": "*fp32", "top_k": "i32"}
 SHIPPED = (
-    Shipped("sort_count", _count, (Variant("int64", _TYPES | {"count_CE": "*i32"}),), work="indexes"),
-    Shipped("sort_place", _place, (Variant("int64", _TYPES | _PLACE),), work="indexes"),
+    Shipped("sort_count", _count, (Variant("int64", _TYPES | {"count_CE": "*i32"}, narrow=_CHUNK),)),
+    Shipped("sort_place", _place, (Variant("int64", _TYPES | _PLACE, narrow=_CHUNK | _SCATTERED),)),
 )

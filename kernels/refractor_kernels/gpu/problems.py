@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refractor_kernels.adamw import AdamWTensors, adamw
-from refractor_kernels.gpu import attention, attention_backward, cross_entropy, experts, norm, outer, pairs, rotary, router, swiglu, tables
+from refractor_kernels.gpu import attention, attention_backward, cross_entropy, experts, norm, outer, pairs, rotary, routing, swiglu, tables
 from refractor_kernels.span_attention import causal_spans
 
 Call = Callable[[], object]
@@ -57,10 +57,10 @@ def _swiglu(make: _Maker, bucket: tables.Bucket, back: bool) -> Call:
 def _route(make: _Maker, bucket: tables.Bucket, back: bool) -> Call:
     tokens, columns = 9 if make.tiny else 32_768, bucket.to["columns"]
     logits, options = make.randn(tokens, columns, dtype=torch.float32), (False, True, 1, 1, 1.0)
-    weights, index, _, best, load, sums = router._route(logits, None, 1, 8, *options)
+    weights, index, _, best, load, sums = routing._route(logits, None, 1, 8, *options)
     if back:
-        return lambda: router._route_backward(weights, load, sums, logits, index, best, False, True, 1.0)
-    return lambda: router._route(logits, None, 1, 8, *options)
+        return lambda: routing._route_backward(weights, load, sums, logits, index, best, False, True, 1.0)
+    return lambda: routing._route(logits, None, 1, 8, *options)
 
 
 def _adamw(make: _Maker, bucket: tables.Bucket, back: bool) -> Call:

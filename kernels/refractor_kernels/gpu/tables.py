@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from refractor_kernels import attention_order
+
 ARCHITECTURE = "sm90"
 TUNABLE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "ROWS", "TOKENS", "HEADS")
 """Constants that are a matter of speed. The others are sizes that a bucket's calls must fit into."""
@@ -46,11 +48,14 @@ class Bucket:
         return f"{bounds or 'any'}: {constants} warps={self.num_warps} stages={self.num_stages}"
 
 
-def _parsed(text: str) -> dict[str, tuple[Bucket, ...]]:
-    return {kernel: tuple(Bucket(**entry) for entry in entries) for kernel, entries in json.loads(text).items()}
+def _parsed(text: str) -> tuple[dict[str, tuple[Bucket, ...]], dict[str, list[dict]]]:
+    """The kernels' buckets, and the order of attention's backends."""
+    found = json.loads(text)
+    order = attention_order.checked(found.pop(attention_order.TABLE, {}))
+    return {kernel: tuple(Bucket(**entry) for entry in entries) for kernel, entries in found.items()}, order
 
 
-_BUCKETS = _parsed((Path(__file__).parent / f"{ARCHITECTURE}.json").read_text())
+_BUCKETS, _ = _parsed((Path(__file__).parent / f"{ARCHITECTURE}.json").read_text())
 
 
 def put(kernel: str, found: tuple[Bucket, ...]) -> None:
@@ -60,19 +65,22 @@ def put(kernel: str, found: tuple[Bucket, ...]) -> None:
 
 def written(kernels: list[str] | None = None) -> str:
     """The tables, all or some, as a file holds them: a bucket a line."""
-    rows = {kernel: [json.dumps(asdict(bucket)) for bucket in _BUCKETS[kernel]] for kernel in kernels or _BUCKETS}
-    told = (f'  "{kernel}": [\n    ' + ",\n    ".join(lines) + "\n  ]" for kernel, lines in rows.items())
+    names = kernels or [*_BUCKETS, attention_order.TABLE]
+    rows = {kernel: [json.dumps(asdict(bucket)) for bucket in _BUCKETS[kernel]] for kernel in names if kernel != attention_order.TABLE}
+    told = [f'  "{kernel}": [\n    ' + ",\n    ".join(lines) + "\n  ]" for kernel, lines in rows.items()]
+    if attention_order.TABLE in names:
+        told.append(f'  "{attention_order.TABLE}": ' + json.dumps(attention_order.entries(), indent=1, ensure_ascii=False))
     return "{\n" + ",\n".join(told) + "\n}\n"
 
 
 def adopt(path: Path) -> None:
-    """Takes a file of ``written`` for the kernels that it names; the others keep what is shipped.
+    """Takes a file of ``written`` for the kernels that it names, and its order of attention's backends; the others keep what is shipped.
 
     Raises:
         ValueError: it is no such file, names a kernel that there is not, or differs from what is shipped in more than ``TUNABLE``.
     """
     try:
-        found = _parsed(path.read_text())
+        found, order = _parsed(path.read_text())
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no tuning tables: {error}; python -m refractor_kernels.tune makes them") from error
     for kernel, own in found.items():
@@ -81,13 +89,16 @@ def adopt(path: Path) -> None:
         if [bucket.shape for bucket in own] != [bucket.shape for bucket in _BUCKETS[kernel]]:
             raise ValueError(f"{path}: the buckets of {kernel} are not those of this version; tune it anew")
     _BUCKETS.update(found)
+    attention_order.put(order)
 
 
 def share(group: "dist.ProcessGroup | None" = None) -> None:
     """Every rank of the group takes rank 0's tables; collective."""
     told = [written() if dist.get_rank(group) == 0 else None]
     dist.broadcast_object_list(told, group_src=0, group=group)
-    _BUCKETS.update(_parsed(told[0]))
+    found, order = _parsed(told[0])
+    _BUCKETS.update(found)
+    attention_order.put(order)
 
 
 def buckets(kernel: str) -> tuple[Bucket, ...]:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import refractor_kernels as rk
 from refractor_kernels.dispatch import Op
-from refractor_kernels.gpu import attention, attention_backward, cross_entropy, experts, norm, rotary, router, swiglu
+from refractor_kernels.gpu import attention, attention_backward, cross_entropy, experts, norm, rotary, routing, swiglu
 from tests.kernels import oracles
 from tests.kernels.inputs import CALLS, strided
 from tests.kernels.test_experts import problem
@@ -27,7 +27,7 @@ INDICES, WEIGHTS = INDICES.clamp(min=0), WEIGHTS.clamp(min=0.1)  # rows of dropp
 HIDDEN, HEAD, LABELS = randn(7, 9, 16), randn(8, 21, 16) / 4, torch.arange(-1, 8)
 CU_SEQLENS = torch.tensor([0, 7, 20], dtype=torch.int32)
 LOGITS, BIAS = randn(9, 6, 8), randn(10, 8)
-CHOICE = (3, 2, True, True, 4, 2, 2.5)
+CHOICE = (3, 2, True, True, 2, 1, 2.5)
 
 
 def raw() -> dict[str, tuple]:
@@ -38,7 +38,7 @@ def raw() -> dict[str, tuple]:
     _, pre, *pairs = experts._forward(TOKENS, GATE_UP, DOWN, INDICES, WEIGHTS)
     _, _, grad_pre, act = experts._backward(TOKENS, GATE_UP, DOWN, pre, *pairs)
     top, _, _ = cross_entropy._partials(HIDDEN, HEAD, LABELS)
-    chosen, index, _, best, load, sums = router._route(LOGITS, BIAS, *CHOICE)
+    chosen, index, _, best, load, sums = routing._route(LOGITS, BIAS, *CHOICE)
     return {
         "rms_norm": (norm._norm, X, W, 1e-5),
         "rms_norm_backward": (norm._norm_backward, X, X, W, scale),
@@ -64,9 +64,9 @@ def raw() -> dict[str, tuple]:
         ),  # fmt: skip
         "linear_cross_entropy_partials": (cross_entropy._partials, HIDDEN, HEAD, LABELS),
         "linear_cross_entropy_backward": (cross_entropy._backward, top, top, HIDDEN, HEAD, LABELS, top),
-        "route": (router._route, LOGITS, BIAS, *CHOICE),
-        "route alone": (router._route, LOGITS, None, 2, 2, False, True, 1, 1, 1.0),
-        "route_backward": (router._route_backward, chosen, load, sums, LOGITS, index, best, True, True, 2.5),
+        "route": (routing._route, LOGITS, BIAS, *CHOICE),
+        "route alone": (routing._route, LOGITS, None, 2, 2, False, True, 1, 1, 1.0),
+        "route_backward": (routing._route_backward, chosen, load, sums, LOGITS, index, best, True, True, 2.5),
     }
 
 
@@ -91,7 +91,7 @@ PUBLIC = {
     "attention": (lambda q, k, v, ends: rk.attention(q, k, v, ends, window=5), Q, K, V, CU_SEQLENS),
     "attention_with_lse": (rk.attention_with_lse, Q, K, V, CU_SEQLENS),
     "span_attention": (rk.span_attention, Q, K, V, *SPANS),
-    "route": (lambda z, b: tuple(rk.route(z, b, top_k=2, sequences=3, num_groups=4, top_groups=2)), LOGITS, BIAS),
+    "route": (lambda z, b: tuple(rk.route(z, b, top_k=2, sequences=3, num_groups=2, top_groups=1)), LOGITS, BIAS),
     "experts": (rk.experts, TOKENS, GATE_UP, DOWN, INDICES, WEIGHTS),
     "linear_cross_entropy": (lambda x, w, labels: rk.linear_cross_entropy(x, w, labels, ignore=-1), HIDDEN, HEAD, LABELS),
     "linear_cross_entropy_partials": (rk.linear_cross_entropy_partials, HIDDEN, HEAD, LABELS),
