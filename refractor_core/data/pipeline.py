@@ -29,6 +29,7 @@ from refractor_core.data.dedup.sketches import sketch_segment
 from refractor_core.data.dedup.stage import keep_sketches
 from refractor_core.data.folder import atomic_directory
 from refractor_core.data.funnel import Funnel
+from refractor_core.data.inputs import INPUTS, join_inputs
 from refractor_core.data.manifest import CODE_VERSION, StageEntry
 from refractor_core.data.memory import Memory, release
 from refractor_core.data.parts import SEGMENT, Part, stamps_beside
@@ -311,6 +312,7 @@ class Pipeline:
         np.save(folder / UNIGRAM, assembler.counts)
         (folder / TOKENIZER).write_bytes((self._tokenizer / TOKENIZER).read_bytes())
         join_audits(folder / AUDIT, audits)
+        join_inputs(folder / INPUTS, [self._read_piece(part) / INPUTS for part in self._parts])
         write_manifest(folder, self._config, funnel, stages, entries)
         write_encoding(folder, pieces)  # after the manifest, which does not know of it: every backend gives the same tokens
 

@@ -1,7 +1,7 @@
 """The first stage: a part's files to documents that pass the filters, and audit rows of what does not.
 
-The piece of a part holds its segments (see ``parts``) and ``audit.parquet``. Whatever needs one pass over the texts is made here, so
-that they are read once: screening by rules, signals and language (``screen.screen``).
+The piece of a part holds its segments (see ``parts``), ``audit.parquet``, and ``inputs.parquet``, the files that were read. Whatever needs
+one pass over the texts is made here, so that they are read once: screening by rules, signals and language (``screen.screen``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from refractor_core.config.data import DataConfig
 from refractor_core.config.sources import SourceConfig
 from refractor_core.data.audit import EXCERPT, AuditWriter, Removal, read_audit
 from refractor_core.data.documents import CHOICES, Document, Unreadable
+from refractor_core.data.inputs import INPUTS, write_inputs
 from refractor_core.data.parts import Part, PartWriter
 from refractor_core.data.pool import Watch
 from refractor_core.data.screen import SIGNALS, screen
@@ -48,6 +49,7 @@ def read_part(part: Part, config: DataConfig, folder: Path, watch: Watch, poison
                         audit.add(replace(removal(document, "mask", rule, count, None), bytes=None))
                 else:
                     audit.add(removal(document, "filter", broken.rule, broken.value, broken.threshold))
+    write_inputs(folder / INPUTS, config.sources[part.source].name, part.files, poison)
 
 
 def _items(part: Part, config: DataConfig, watch: Watch, poison: Mapping[str, str]) -> Iterator[Document | Unreadable]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from refractor_core.config import RunConfig
@@ -65,6 +66,26 @@ def test_every_token_has_a_document_and_every_document_its_origin(built: tuple[D
         stage.name: stage.version for stage in dataset.manifest.stages
     }
     assert validate(dataset, config, full=True) == []
+
+
+def test_every_input_file_is_listed_with_its_hash(tmp_path: Path) -> None:
+    sources = write_corpus_once(tmp_path)
+    (tmp_path / "corpus" / "books" / "zz.txt").symlink_to(tmp_path / "nowhere")  # cannot be read
+    config = run_config(tmp_path / "dataset", sources)
+    before = build(config)
+    hashes = before.documents()["sha256"].to_pylist()
+    rows = pyarrow.parquet.read_table(tmp_path / "dataset" / "inputs.parquet").to_pylist()
+    files = [*sorted((tmp_path / "corpus" / "books").iterdir()), tmp_path / "corpus" / "web.jsonl"]
+    assert [row["path"] for row in rows] == [path.as_posix() for path in files] and rows[-1]["source"] == "web"
+    for row, path in zip(rows, files):
+        content = path.read_bytes() if path.exists() else None
+        assert (row["bytes"], row["sha256"]) == (
+            (None, None) if content is None else (len(content), hashlib.sha256(content).hexdigest())
+        ), path
+    with files[-1].open("a") as stream:
+        stream.write("\n")  # the same documents, from another file
+    after = build(config, force=True)
+    assert after.documents()["sha256"].to_pylist() == hashes and after.sha256 != before.sha256
 
 
 def test_unigram_counts_and_figures_are_those_of_the_tokens(built: tuple[Dataset, RunConfig]) -> None:

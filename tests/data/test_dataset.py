@@ -24,6 +24,7 @@ FILES = [
     "tokenizer.json",
     "documents.parquet",
     "audit.parquet",
+    "inputs.parquet",
     "unigram.npy",
     "train/books.bin",
     "train/books.idx",
