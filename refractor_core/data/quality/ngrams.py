@@ -144,14 +144,17 @@ class Ngrams:
         size = 1 << 12
         while size < 2 * self._used:
             size *= 2
-        keys, counts, types = _moved(self.keys, self.counts, self.types, size)
-        np.save(path, np.concatenate([keys, counts.astype(np.uint64) << np.uint64(32) | types]).reshape(2, size))
+        if size < len(self.keys):
+            self.keys, self.counts, self.types = _moved(self.keys, self.counts, self.types, size)
+        with path.open("wb") as stream:  # one after another: a copy of all would weigh as much as the table
+            for array in (self.keys, self.counts, self.types):
+                np.save(stream, array)
 
     @classmethod
     def load(cls, path: Path) -> "Ngrams":
         """Reads what ``save`` wrote."""
         model = cls()
-        model.keys, packed = np.load(path)
-        model.counts, model.types = (packed >> np.uint64(32)).astype(np.uint32), packed.astype(np.uint32)
+        with path.open("rb") as stream:
+            model.keys, model.counts, model.types = (np.load(stream) for _ in range(3))
         model._used = int(np.count_nonzero(model.keys))
         return model

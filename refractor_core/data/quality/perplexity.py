@@ -108,10 +108,15 @@ def _segment_groups(reader: PartReader) -> list[str]:
 
 def _groups(cleaning: Cleaning) -> tuple[np.ndarray, list[str]]:
     """int32 [len(corpus)] numbers of groups, and the groups' names, sorted."""
-    found = [_segment_groups(cleaning.corpus.reader(segment)) for segment in range(len(cleaning.corpus.paths))]
-    names = sorted({name for own in found for name in own})
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers[name] for own in found for name in own], np.int32), names
+    seen: dict[str, int] = {}
+    found = [np.zeros(0, np.int32)]
+    for segment in range(len(cleaning.corpus.paths)):
+        own = _segment_groups(cleaning.corpus.reader(segment))
+        found.append(np.array([seen.setdefault(name, len(seen)) for name in own], np.int32))
+    names = sorted(seen)
+    numbers = np.zeros(len(names), np.int32)  # from the order in which names were seen
+    numbers[[seen[name] for name in names]] = np.arange(len(names))
+    return numbers[np.concatenate(found)], names
 
 
 def _hashes(reader: PartReader) -> np.ndarray:
@@ -120,7 +125,7 @@ def _hashes(reader: PartReader) -> np.ndarray:
 
 
 def _train(cleaning: Cleaning, groups: np.ndarray, names: Sequence[str], folder: Path) -> None:
-    """Counts the reference samples: one model per group and half."""
+    """Counts the reference samples: one model per group and half, one after another, since each may take a hundred megabytes."""
     corpus, config = cleaning.corpus, cleaning.config.perplexity
     segments = range(len(corpus.paths))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(corpus.reader(segment)) for segment in segments)])
@@ -129,16 +134,19 @@ def _train(cleaning: Cleaning, groups: np.ndarray, names: Sequence[str], folder:
         members = np.flatnonzero(cleaning.kept & (groups == group))
         if len(members) < config.min_documents:
             continue
-        models, size, used = (Ngrams(), Ngrams()), 0, 0
-        for number in members[np.lexsort((members, hashes[members]))].tolist():
+        sample, size = [], 0
+        for number in members[np.lexsort((members, hashes[members]))]:
             if size >= config.reference_bytes:
                 break
-            text = _beginning(corpus.text(number), config)
-            models[_half(hashes[number])].add(split(text))
-            size, used = size + len(text), used + 1
-        for half, model in enumerate(models):
+            sample.append(int(number))
+            size += len(_beginning(corpus.text(int(number)), config))
+        for half in range(2):
+            model = Ngrams()
+            for number in sample:
+                if _half(hashes[number]) == half:
+                    model.add(split(_beginning(corpus.text(number), config)))
             model.save(folder / f"{group:06}-{half}.npy")
-        facts[name] = {"group": group, "reference_documents": used, "reference_bytes": size}
+        facts[name] = {"group": group, "reference_documents": len(sample), "reference_bytes": size}
     (folder / GROUPS).write_text(json.dumps(facts, sort_keys=True))
 
 
@@ -152,16 +160,18 @@ def _beginning(text: bytes, config: PerplexityConfig) -> bytes:
 
 
 def _score_ngrams(segment: Segment, config: DataConfig, folder: Path, watch: Watch, models: Path) -> None:
-    """One segment's scores; a group's models are in memory while its documents are read."""
+    """One segment's scores; one of a group's two models is in memory while the documents that it scores are read."""
     known = json.loads((models / GROUPS).read_text())
     hashes, names = _hashes(segment.reader), np.array(_segment_groups(segment.reader), object)
     scores = np.full(len(hashes), np.nan, np.float32)
     for name in sorted(set(names[segment.kept]) & set(known)):
-        halves = [Ngrams.load(models / f"{known[name]['group']:06}-{half}.npy") for half in range(2)]
-        for row in np.flatnonzero(segment.kept & (names == name)).tolist():
-            text = segment.text(row)[0]
-            scores[row] = halves[1 - _half(hashes[row])].perplexity(split(_beginning(text, config.perplexity)))
-            watch.advance(len(text))
+        for half in range(2):
+            model = Ngrams.load(models / f"{known[name]['group']:06}-{half}.npy")
+            for row in np.flatnonzero(segment.kept & (names == name)).tolist():
+                if _half(hashes[row]) != half:
+                    text = segment.text(row)[0]
+                    scores[row] = model.perplexity(split(_beginning(text, config.perplexity)))
+                    watch.advance(len(text))
     np.save(folder / SCORES, scores)
 
 
