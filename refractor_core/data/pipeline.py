@@ -257,6 +257,7 @@ class Pipeline:
             tokenizer = make_tokenizer(data.tokenizer, self._texts(corpus, sample, advance), self._config.model.vocab_size)
             (folder / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
             (folder / GIVEN_UP).write_text(json.dumps(sorted(lost)), encoding="utf-8")
+        release()
 
     def _paths(self, cleaning: Cleaning, source: int) -> Iterable[str]:
         """The paths of a source's kept documents."""

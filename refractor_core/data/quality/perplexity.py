@@ -18,6 +18,7 @@ from refractor_core.config.quality import PerplexityConfig
 from refractor_core.data.audit import AuditWriter
 from refractor_core.data.cleaning import AUDIT, FACTS, REMOVED, Cleaning
 from refractor_core.data.corpus import Segment
+from refractor_core.data.memory import release
 from refractor_core.data.parts import PartReader
 from refractor_core.data.pool import Watch
 from refractor_core.data.quality.ngrams import Ngrams, split
@@ -40,6 +41,7 @@ def score_documents(cleaning: Cleaning, folder: Path) -> None:
         if not models.exists():
             with finished(models) as unfinished:
                 _train(cleaning, groups, names, unfinished)
+            release()
         facts = json.loads((models / GROUPS).read_text())
         pieces = cleaning.map("perplexity-scores", partial(_score_ngrams, models=models))
     elif config.backend == "kenlm":
