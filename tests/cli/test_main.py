@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_overrides_may_stand_anywhere_after_the_config(argv: list[str], monkeypa
     seen = fake(monkeypatch, 0)
     assert cli.main(["doctor", *argv]) == 0
     assert (seen[0].config, seen[0].overrides, seen[0].nproc, seen[0].command) == ("c", ["a=1", "b.c=2"], 2, "doctor")
+
+
+@pytest.mark.parametrize(("told", "then"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(told: str | None, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
+    if told is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    fake(monkeypatch, 0)
+    assert cli.main(["doctor", "c"]) == 0 and os.environ["OMP_WAIT_POLICY"] == then
 
 
 def test_what_is_no_override_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
