@@ -1,8 +1,8 @@
 """The command line: what it prints where, its exit codes, and how little it imports to help."""
 
 import importlib
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
