@@ -109,13 +109,20 @@ def test_overrides_may_stand_anywhere_after_the_config(argv: list[str], monkeypa
     assert (seen[0].config, seen[0].overrides, seen[0].nproc, seen[0].command) == ("c", ["a=1", "b.c=2"], 2, "doctor")
 
 
-@pytest.mark.parametrize(("told", "then"), [(None, "passive"), ("active", "active")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(told: str | None, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
-    if told is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("told", "spins"),
+    [({}, "20000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    ids=["nothing", "policy", "count"],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
+    told: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, told.get(name, ""))
+        if name not in told:
+            monkeypatch.delenv(name)
     fake(monkeypatch, 0)
-    assert cli.main(["doctor", "c"]) == 0 and os.environ["OMP_WAIT_POLICY"] == then
+    assert cli.main(["doctor", "c"]) == 0 and os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_what_is_no_override_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
