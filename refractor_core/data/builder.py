@@ -107,9 +107,11 @@ def _pipeline(
             close_to_others(work.folder, config)
             memory = Memory(config.data.memory_limit, pool.processes)
             yield Pipeline(config, parts, work, pool, memory, scorer, share), work
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError) as error:
+        if not _is_interrupt(error):
+            raise
         _say(f"{target}: stopped and left as it was; the same command goes on from what is finished")
-        raise
+        raise KeyboardInterrupt from error
     except OSError as error:
         reason = error.strerror or error
         message = (
@@ -117,6 +119,11 @@ def _pipeline(
             f"what is finished"
         )
         raise OSError(*([] if error.errno is None else [error.errno]), message) from error
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Also of one that came while a compiled function handed over its result: numba makes a SystemError of it, with the interrupt as cause."""
+    return isinstance(error, KeyboardInterrupt) or (error is not None and _is_interrupt(error.__cause__))
 
 
 def _engine(config: RunConfig) -> Engine:

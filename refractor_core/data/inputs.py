@@ -32,7 +32,9 @@ def join_inputs(path: Path, pieces: Iterable[Path]) -> None:
     """Writes the rows of all pieces, one after another."""
     with TableWriter(path, SCHEMA, ROWS) as writer:
         for piece in pieces:
-            writer.add(pyarrow.parquet.read_table(piece, use_threads=False))
+            with pyarrow.parquet.ParquetFile(piece) as table:  # where read_table would import pandas
+                for batch in table.iter_batches(ROWS, use_threads=False):
+                    writer.add(pyarrow.Table.from_batches([batch]))
 
 
 def _beside(file: SourceFile) -> list[SourceFile]:

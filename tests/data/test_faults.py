@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from refractor_core.config import RunConfig
-from refractor_core.data import Dataset, build, builder
+from refractor_core.data import Dataset, build, builder, pipeline
 from refractor_core.data.parts import list_parts
 from refractor_core.data.pool import Pool
 from refractor_core.data.validate import validate
@@ -128,6 +128,26 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_inside_a_compiled_function_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:  # as numba chains them
+            try:
+                raise SystemError("first") from interrupt
+            except SystemError as error:
+                raise SystemError("returned a result with an exception set") from error
+
+    def broken(*_: object) -> None:
+        raise SystemError("a bug")
+
+    config = undisturbed[0](tmp_path / "set")
+    for fault, expected in ((interrupted, KeyboardInterrupt), (broken, SystemError)):
+        monkeypatch.setattr(pipeline.Pipeline, "read", fault)
+        with pytest.raises(expected):
+            build(config)
 
 
 @pytest.mark.usefixtures("interruptible")
