@@ -110,7 +110,7 @@ def resident(process: int) -> int:
 def kernel_limit(cgroup: Path) -> int:
     """Bytes that the kernel allows to a memory control group, of version 2 or 1."""
     for name in ("memory.max", "memory.limit_in_bytes"):
-        if (cgroup / name).exists():
+        if (cgroup / name).exists() and (cgroup / name).read_text().strip().isdecimal():  # else "max"
             return int((cgroup / name).read_text())
     sys.exit(f"{cgroup}: not a control group with a limit of memory; make one as --help says")
 

@@ -8,7 +8,7 @@ from types import TracebackType
 import pyarrow
 import pyarrow.parquet
 
-from refractor_core.data.columns import TableWriter, column
+from refractor_core.data.columns import TableWriter, column, join_tables
 
 EXCERPT = 200
 """Characters of a removed text that its row shows."""
@@ -83,11 +83,7 @@ class AuditWriter:
 
 def join_audits(path: Path, pieces: Iterable[Path]) -> None:
     """Writes the rows of all pieces, one after another."""
-    with TableWriter(path, SCHEMA, ROWS) as writer:
-        for piece in pieces:
-            with pyarrow.parquet.ParquetFile(piece) as table:
-                for batch in table.iter_batches(ROWS, use_threads=False):
-                    writer.add(pyarrow.Table.from_batches([batch]))
+    join_tables(path, pieces, SCHEMA, ROWS)
 
 
 def read_audit(path: Path) -> Iterator[Removal]:

@@ -122,7 +122,7 @@ def _pipeline(
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Also of one that came while a compiled function handed over its result: numba makes a SystemError of it, which it caused."""
+    """Also of one that came while a compiled function handed over its result: numba raises SystemError from it."""
     return isinstance(error, KeyboardInterrupt) or (error is not None and _is_interrupt(error.__cause__))
 
 

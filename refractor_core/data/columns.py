@@ -55,6 +55,15 @@ def taken(table: pyarrow.Table, rows: np.ndarray) -> pyarrow.Table:
     return table.take(column(rows, pyarrow.int64()))
 
 
+def join_tables(path: Path, pieces: Iterable[Path], schema: pyarrow.Schema, rows: int) -> None:
+    """Writes the rows of parquet files of one schema to one file, one after another, in groups of ``rows``."""
+    with TableWriter(path, schema, rows) as writer:
+        for piece in pieces:
+            with pyarrow.parquet.ParquetFile(piece) as table:  # where read_table would import pandas
+                for batch in table.iter_batches(rows, use_threads=False):
+                    writer.add(pyarrow.Table.from_batches([batch]))
+
+
 class TableWriter:
     """Writes rows to parquet in groups of a fixed size, however they arrive; the file is whole when the ``with`` ends.
 

@@ -4,9 +4,8 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow
-import pyarrow.parquet
 
-from refractor_core.data.columns import TableWriter, column
+from refractor_core.data.columns import TableWriter, column, join_tables
 from refractor_core.data.manifest import hash_file
 from refractor_core.data.sources.files import SourceFile
 
@@ -30,11 +29,7 @@ def write_inputs(path: Path, source: str, files: Sequence[SourceFile], closed: C
 
 def join_inputs(path: Path, pieces: Iterable[Path]) -> None:
     """Writes the rows of all pieces, one after another."""
-    with TableWriter(path, SCHEMA, ROWS) as writer:
-        for piece in pieces:
-            with pyarrow.parquet.ParquetFile(piece) as table:  # where read_table would import pandas
-                for batch in table.iter_batches(ROWS, use_threads=False):
-                    writer.add(pyarrow.Table.from_batches([batch]))
+    join_tables(path, pieces, SCHEMA, ROWS)
 
 
 def _beside(file: SourceFile) -> list[SourceFile]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import partition
 from refractor_core.verify.activations import first_difference
-from refractor_core.verify.probes import take
+from refractor_core.verify.probes import or_infinite, take
 from refractor_core.verify.trial import Outcome, Piece
 
 _STEADY = 0.125
@@ -89,7 +89,7 @@ class Comparison:
     @property
     def worst(self) -> tuple[str, float]:
         """The parameter whose error is the largest part of its bound; the norm only where it alone is wrong."""
-        return max(self.errors.items(), key=lambda item: (_or_infinite(item[1]) / self.tolerance.bound(item[0]), item[0] != NORM))
+        return max(self.errors.items(), key=lambda item: (or_infinite(item[1]) / self.tolerance.bound(item[0]), item[0] != NORM))
 
 
 def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tolerance: Tolerance) -> Comparison:
@@ -98,7 +98,7 @@ def compare(reference: Outcome, outcomes: Sequence[Outcome], layout: Layout, tol
     Args:
         outcomes: by rank.
     """
-    loss_error = max(_or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in _losses(outcomes, layout))
+    loss_error = max(or_infinite(abs(total - reference.loss) / abs(reference.loss)) for total in _losses(outcomes, layout))
     found = errors(reference, outcomes, tolerance.floor)
     wrong = [name for name, error in found.items() if not error <= tolerance.bound(name)]
     culprit = ""
@@ -118,7 +118,7 @@ def errors(reference: Outcome, outcomes: Sequence[Outcome], floor: float) -> dic
     found = {}
     for name, piece in reference.pieces.items():
         found[name] = _error(piece.gradient, _held(outcomes, name), floor * largest)
-    found[NORM] = max(_or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
+    found[NORM] = max(or_infinite(abs(o.norm - reference.norm) / reference.norm) for o in outcomes)
     return found
 
 
@@ -148,7 +148,7 @@ def _error(whole: Tensor, pieces: dict[int, Piece], floor: float) -> float:
     for piece in pieces.values():
         held += 0 if piece.ranges in worst else piece.gradient.numel()
         delta = (piece.gradient.double() - take(whole, piece.ranges).double()).square().sum().item()
-        worst[piece.ranges] = max(worst.get(piece.ranges, 0.0), _or_infinite(delta))
+        worst[piece.ranges] = max(worst.get(piece.ranges, 0.0), or_infinite(delta))
     if held != whole.numel():
         return math.inf
     scale = max(whole.double().norm().item(), floor)
@@ -310,7 +310,3 @@ def _parallel(found: Tensor, aim: Tensor, factor: float) -> bool:
 def _power(factor: float, size: int) -> bool:
     exponent = math.log(abs(factor) or 1e-300, size)
     return round(exponent) != 0 and abs(exponent - round(exponent)) < 1e-6
-
-
-def _or_infinite(error: float) -> float:
-    return error if math.isfinite(error) else math.inf

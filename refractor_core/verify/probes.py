@@ -88,7 +88,12 @@ def judge(whole: dict[str, nn.Parameter], answers: Sequence[Answers], tolerance:
 
 def worst(errors: Iterable[float]) -> float:
     """The largest, or infinity where one is not a number, which ``max`` passes over unless it comes first."""
-    return max(error if math.isfinite(error) else math.inf for error in errors)
+    return max(map(or_infinite, errors))
+
+
+def or_infinite(error: float) -> float:
+    """The error, or infinity for one that is not a number."""
+    return error if math.isfinite(error) else math.inf
 
 
 def _weights(whole: dict[str, nn.Parameter], answers: Sequence[Answers]) -> list[str]:
