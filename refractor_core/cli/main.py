@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "config": ("refractor_core.cli.config", "check, show or describe a run's configuration"),
@@ -103,5 +104,18 @@ def _tell(error: ValueError | OSError) -> int:
     return 2 if isinstance(error, ConfigError) else 1
 
 
+def _leave(code: int) -> NoReturn:
+    """Ends the process; one of torchrun's ranks without taking the interpreter apart.
+
+    Gloo's threads may hold the last tensor of a collective. Freeing it asks for the interpreter's lock, and where that is not to be had any
+    more the process aborts: a run that is saved and done would be told as failed (pytorch/pytorch#179291, #190489).
+    """
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -8,7 +8,8 @@ gathered where they lie. Source: Rajbhandari et al. 2020, arXiv 1910.02054, sect
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,7 @@ class GradientBuffers:
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], mesh: Mesh):
         self._mesh = mesh
+        self._hook = _weakly(self._accumulate)
         named = [(name, p) for name, p in named_parameters if p.requires_grad]
         if not named:
             raise ValueError("no parameter requires a gradient, so there is nothing to optimise; unfreeze some")
@@ -103,7 +105,7 @@ class GradientBuffers:
                 place.copy_(p)
                 p.data = place
                 p.main_grad = bucket.gradients[at : at + p.numel()].view(p.shape)
-                p.register_post_accumulate_grad_hook(self._accumulate)
+                p.register_post_accumulate_grad_hook(self._hook)
         return bucket
 
     @property
@@ -193,6 +195,21 @@ class GradientBuffers:
             bucket.work = start_gather_in_place(buffer, bucket.shard)
         for bucket in self._buckets:
             bucket.wait()
+
+
+def _weakly(accumulate: Callable[[nn.Parameter], None]) -> Callable[[nn.Parameter], None]:
+    """Calls a method for as long as its object lives.
+
+    Tensors hold their hooks where Python's collector does not look: a hook that held the buffers, which hold the tensors, would keep both,
+    and the process groups of the mesh, until the process ends.
+    """
+    method = weakref.WeakMethod(accumulate)
+
+    def hook(p: nn.Parameter) -> None:
+        if (accumulate := method()) is not None:
+            accumulate(p)
+
+    return hook
 
 
 def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:

@@ -1,6 +1,9 @@
 """``refractor train`` refuses what cannot be, with the exit codes of the contract."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,16 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_any_rank_starts(
     told = capsys.readouterr().err
     assert "model.num_heads = 2" in told and "model.moe.num_experts = 8" in told and "run.dir" in told
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_breaks_while_python_is_taken_apart_is_not_the_runs(tmp_path):
+    """Gloo's threads abort there once in some thousand exits; here every rank would."""
+    folder = tiny.prepare(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tiny.document(folder, run__steps=3)))
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(os.abort)\n")
+    command = [sys.executable, "-m", "refractor_core.cli.main", "train", str(path), "--nproc", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "SIGABRT" not in done.stderr, done.stderr
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "completed"

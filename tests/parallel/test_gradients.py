@@ -1,6 +1,8 @@
 """Main gradients: the sum over micro batches and ranks, in float32 at least, whatever order autograd goes in."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -43,6 +45,20 @@ def reference() -> list[torch.Tensor]:
     model = network()
     loss(model, rows()).backward()
     return [p.grad for p in model.parameters()]
+
+
+def test_buffers_and_model_are_freed_with_their_last_user():
+    """Tensors hold their hooks out of the collector's sight: memory and process groups would stay until the process ends."""
+    model = network()
+    buffers = alone(model)
+    buffers.begin()
+    buffers.last_micro_batch()
+    loss(model, rows()).backward()
+    buffers.finish()
+    left = [weakref.ref(x) for x in (buffers, model, model[0].weight, model[0].weight.main_grad)]
+    del model, buffers
+    gc.collect()
+    assert [x() for x in left] == [None] * 4
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 8])
