@@ -1,8 +1,8 @@
 """Every legal layout of up to eight ranks, in float64, against one process: loss and every parameter's gradient.
 
-The lattice is that of ``refractor verify layouts --lattice``, over the tests' small models: every layout runs with the richest model that
-can have it (grouped queries, packed documents, capacity, tied embeddings, every router objective), and a cover of all pairs of choices runs
-with the others; in float64 the cover is asked the probes too. Results are kept as they come; started again, it goes on from there.
+The lattice is that of ``refractor verify layouts --lattice``, over the tests' small models, with packed documents and every router
+objective: every layout runs with grouped queries, capacity and tied embeddings, and again with latent attention, dropless; a cover of all
+pairs of choices runs with the other models; in float64 the cover is asked the probes too. Results are kept as they come; started again, it goes on from there.
 
 usage: PYTHONPATH=.:kernels python benchmarks/layouts.py [--ranks 8] [--dtype float64|float32|bf16] [--record results/layouts.jsonl]
        PYTHONPATH=.:kernels python benchmarks/layouts.py --table          writes the runbook's table from the results again
@@ -42,7 +42,7 @@ FAMILIES = {
     "grouped queries, dropless": "model=gqa-dropless",
     "one key-value head": "model=one-kv-head",
     "latent attention, capacity": "model=mla-capacity",
-    "latent attention, dropless": "model=mla-direct-query",
+    "latent attention, dropless": "model=mla-direct-query model=mla-direct-query-deep",
     "no experts, sliding window": "model=dense-window",
 }
 """Row of the runbook's table → the families of the results that it is the worst of."""
@@ -129,14 +129,14 @@ def _table() -> str:
     """Each family's worst errors in every format that there are results of."""
     files = {dtype: RESULTS / f"{name}.json" for dtype, name in NAMES.items()}
     found = {dtype: json.loads(file.read_text())["families"] for dtype, file in files.items() if file.exists()}
-    heads = ["layouts"]
+    heads = ["runs in " + ", ".join(found)]
     for dtype in found:
         heads += [f"{dtype}: gradient", "loss", "probes" if dtype == "float64" else "another expert: mean, most"]
     lines = ["| family | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, keys in FAMILIES.items():
-        cells = [str(sum(found["float64"][key]["layouts"] for key in keys.split()))]
-        for dtype, families in found.items():
-            rows = [families[key] for key in keys.split() if key in families]
+        those = {dtype: [families[key] for key in keys.split() if key in families] for dtype, families in found.items()}
+        cells = [", ".join(str(sum(row["layouts"] for row in rows)) for rows in those.values())]
+        for dtype, rows in those.items():
             cells += _cells(dtype, rows) if rows else ["–"] * 3
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

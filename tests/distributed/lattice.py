@@ -17,6 +17,10 @@ RICH = {
     **SIZES, "model__moe__capacity_factor": 0.75, "model__tie_embeddings": True, "model__attention__qk_norm": "full",
     "batch__activation_checkpointing": "selective",
 }  # fmt: skip
+DIRECT = {
+    **SIZES, "model__attention": {"kind": "mla", "latent": LATENT | {"q_lora_rank": None}},
+    "batch__activation_checkpointing": "full", **{f"model__moe__{key}": value for key, value in ROUTING.items()},
+}  # fmt: skip
 
 MODELS = {
     "gqa-capacity-tied": RICH,
@@ -27,16 +31,16 @@ MODELS = {
         **SIZES, "model__attention": {"kind": "mla", "latent": LATENT}, "model__moe__capacity_factor": 0.75,
         "batch__micro_batch_size": 2, "objectives__load_balance__scope": "global", "batch__global_batch_size": 16,
     },
-    "mla-direct-query": {
-        **SIZES, "model__attention": {"kind": "mla", "latent": LATENT | {"q_lora_rank": None}},
-        "batch__activation_checkpointing": "full", **{f"model__moe__{key}": value for key, value in ROUTING.items()},
-    },
+    "mla-direct-query": DIRECT,
+    "mla-direct-query-deep": {**DIRECT, "model__num_layers": 8},
     "dense-window": {
         "model__num_layers": 4, "model__moe": None, "model__attention": {"sliding_window": 5},
         "batch__activation_checkpointing": "selective",
     },
 }  # fmt: skip
-"""Changes of the document in ``tests/distributed/documents.py``. Every layout can have one of the first two, which have most in them."""
+"""Changes of the document in ``tests/distributed/documents.py``."""
+EVERYWHERE = (("gqa-capacity-tied", "gqa-capacity-tied-deep"), ("mla-direct-query", "mla-direct-query-deep"))
+"""Pairs of which every layout can have one: grouped queries with capacity and tied ends, latent attention without; both have most in them."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,10 @@ def covering(ranks: int) -> tuple[Case, ...]:
 
 
 def every_layout(ranks: int) -> tuple[Case, ...]:
-    """Every layout with the richest model that can have it, and the cover for the other models."""
-    first: dict[str, Case] = {}
+    """Every layout with a model of each pair in ``EVERYWHERE``, and the cover for the other models."""
+    first: dict[tuple[str, int], Case] = {}
     for case in legal(ranks):
-        first.setdefault(case.layout, case)
+        for number, models in enumerate(EVERYWHERE):
+            if case.model in models:
+                first.setdefault((case.layout, number), case)
     return tuple(dict.fromkeys([*first.values(), *covering(ranks)]))
