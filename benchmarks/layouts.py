@@ -2,7 +2,8 @@
 
 The lattice is that of ``refractor verify layouts --lattice``, over the tests' small models, with packed documents and every router
 objective: every layout runs with grouped queries, capacity and tied embeddings, and again with latent attention, dropless; a cover of all
-pairs of choices runs with the other models; in float64 the cover is asked the probes too. Results are kept as they come; started again, it goes on from there.
+pairs of choices runs with the other models; in float64 the cover is asked the probes too. Results are kept as they come; started again,
+it goes on from there.
 
 usage: PYTHONPATH=.:kernels python benchmarks/layouts.py [--ranks 8] [--dtype float64|float32|bf16] [--record results/layouts.jsonl]
        PYTHONPATH=.:kernels python benchmarks/layouts.py --table          writes the runbook's table from the results again

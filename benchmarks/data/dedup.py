@@ -19,7 +19,7 @@ from datasketch import MinHash, MinHashLSH
 
 from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.dedup.clusters import Duplicates
-from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
+from refractor_core.data.dedup.search import exact_duplicates, near_duplicates, similar_pairs
 from refractor_core.data.dedup.sketches import CHUNK_BYTES, Sketches, sketch
 from refractor_core.data.signatures import packed, signatures
 
@@ -103,7 +103,8 @@ def whole(texts: list[bytes]) -> Duplicates:
         exact = exact_duplicates(sketches, rank, Path(folder), MEMORY)
         present = np.ones(len(texts), bool)
         present[exact.removed] = False
-        near = near_duplicates(sketches, present, texts.__getitem__, rank, config, Path(folder), MEMORY)
+        pairs = similar_pairs(sketches, present, config, Path(folder), MEMORY)
+        near = near_duplicates(pairs, sketches.sizes, texts.__getitem__, rank, config.threshold)
     both = zip(exact.__dict__.values(), near.__dict__.values())
     return Duplicates(*(np.concatenate(pair) for pair in both))
 

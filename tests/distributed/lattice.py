@@ -40,7 +40,7 @@ MODELS = {
 }  # fmt: skip
 """Changes of the document in ``tests/distributed/documents.py``."""
 EVERYWHERE = (("gqa-capacity-tied", "gqa-capacity-tied-deep"), ("mla-direct-query", "mla-direct-query-deep"))
-"""Pairs of which every layout can have one: grouped queries with capacity and tied ends, latent attention without; both have most in them."""
+"""Every layout can have one of each: grouped queries with capacity and tied ends, latent attention without."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from refractor_core.data.dedup.records import RecordSorter, shared, whole_groups
+from refractor_core.data.dedup.records import RecordSorter, counted, shared, whole_groups
+from refractor_core.data.pool import no_progress
 
 ALL_PAIRS = 32
 LEADERS = 256
@@ -108,8 +109,9 @@ def candidate_pairs(
     threshold: float,
     folder: Path,
     memory: int,
+    advance: Callable[[int], object] = no_progress,
 ) -> Iterator[np.ndarray]:
-    """uint64 [2, n] blocks of pairs (a, b), a < b, ascending and without repetition.
+    """uint64 [2, n] blocks of pairs (a, b), a < b, ascending and without repetition. All are found before this returns.
 
     Args:
         batches: numbers (uint64 [n]) of documents and their signatures (uint32 [n, bands · rows]).
@@ -117,25 +119,28 @@ def candidate_pairs(
         threshold: the Jaccard similarity that is wanted.
         folder: for sorted runs.
         memory: bytes that this may take.
+        advance: told of the bands of documents, of each twice: when they are sorted, and when they have been looked at.
     """
     keyed = RecordSorter(folder / "bands", memory // 2)
     permutations = 0
     for numbers, signatures in batches:
         permutations = signatures.shape[1]
         keyed.add(band_keys(signatures, bands).ravel(), np.repeat(numbers, bands))
+        advance(len(numbers) * bands)
     found = RecordSorter(folder / "pairs", memory // 4)
     if permutations:
         least = least_agreement(threshold, permutations)
-        for numbers, pairs in _found(keyed, signatures_of, least, int(np.ceil(ALIKE * permutations)), memory // 4):
+        blocks = counted(whole_groups(keyed.sorted()), advance)
+        for numbers, pairs in _found(blocks, signatures_of, least, int(np.ceil(ALIKE * permutations)), memory // 4):
             found.add(numbers[pairs[:, 0]], numbers[pairs[:, 1]])
-    yield from _distinct(found.sorted())
+    return _distinct(found.sorted())
 
 
 def _found(
-    keyed: RecordSorter, signatures_of: Callable[[np.ndarray], np.ndarray], least: int, alike: int, memory: int
+    blocks: Iterator[np.ndarray], signatures_of: Callable[[np.ndarray], np.ndarray], least: int, alike: int, memory: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     out = np.empty((2 * GROUP * LEADERS, 2), np.int64)
-    for keys, values in _pieces(whole_groups(keyed.sorted()), max(memory // ROW_BYTES, GROUP)):
+    for keys, values in _pieces(blocks, max(memory // ROW_BYTES, GROUP)):
         numbers, places = np.unique(values, return_inverse=True)
         signatures, start = signatures_of(numbers), 0
         while start < len(keys):

@@ -3,7 +3,7 @@
 A record is a pair of uint64 (key, value); records are ordered by key, then value.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,13 @@ class RecordSorter:
         block = np.fromfile(run, np.uint64, 2 * count, offset=places[run] * RECORD_BYTES).reshape(-1, 2).T
         places[run] += block.shape[1]
         return np.ascontiguousarray(block)
+
+
+def counted(blocks: Iterable[np.ndarray], advance: Callable[[int], object]) -> Iterator[np.ndarray]:
+    """The blocks; tells how many records each had, once it is done with."""
+    for block in blocks:
+        yield block
+        advance(block.shape[1])
 
 
 def _not_above(block: np.ndarray, key: int, value: int) -> int:

@@ -9,27 +9,32 @@ import numpy as np
 from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.dedup.candidates import candidate_pairs
 from refractor_core.data.dedup.clusters import Clusters, Duplicates
-from refractor_core.data.dedup.records import RecordSorter, shared, whole_groups
+from refractor_core.data.dedup.records import RecordSorter, counted, shared, whole_groups
 from refractor_core.data.dedup.sketches import HASHES, SIGNATURES, Sketches
 from refractor_core.data.dedup.verify import blocks_of_pairs, verified
+from refractor_core.data.pool import no_progress
 
 WORDLESS = np.iinfo(np.uint32).max
 """Every value of the signature of a text without words."""
 
 
-def exact_duplicates(sketches: Sketches, rank: np.ndarray, folder: Path, memory: int) -> Duplicates:
+def exact_duplicates(
+    sketches: Sketches, rank: np.ndarray, folder: Path, memory: int, advance: Callable[[int], object] = no_progress
+) -> Duplicates:
     """Documents whose normal form is another's, less the first in rank of each.
 
     Args:
         rank: int64 [n], see ``clusters.ranks``.
         folder: for sorted runs.
         memory: bytes that the search may take, beside 24 bytes per document.
+        advance: told of documents, of each twice: when they are sorted, and when they have been looked at.
     """
     sorter = RecordSorter(folder / "exact", memory // 2)
     for numbers, hashes in sketches.batches(HASHES):
         sorter.add(hashes[:, 0], numbers)
+        advance(len(numbers))
     removed, kept = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for keys, values in whole_groups(sorter.sorted()):
+    for keys, values in counted(whole_groups(sorter.sorted()), advance):
         numbers = np.sort(values[shared(keys)])
         if not len(numbers):
             continue
@@ -45,29 +50,43 @@ def exact_duplicates(sketches: Sketches, rank: np.ndarray, folder: Path, memory:
     return Duplicates(gone[order], stay[order], np.ones(len(gone)))
 
 
-def near_duplicates(
+def similar_pairs(
     sketches: Sketches,
     present: np.ndarray,
-    text: Callable[[int], bytes],
-    rank: np.ndarray,
     config: DeduplicationConfig,
     folder: Path,
     memory: int,
+    advance: Callable[[int], object] = no_progress,
+) -> Iterator[np.ndarray]:
+    """Pairs of documents whose signatures agree: see ``candidate_pairs``.
+
+    Args:
+        present: bool [n], the documents that are looked at.
+    """
+    batches, signatures = _worded(sketches, present), partial(sketches.rows, SIGNATURES)
+    return candidate_pairs(batches, signatures, config.bands, config.threshold, folder, memory, advance)
+
+
+def near_duplicates(
+    pairs: Iterator[np.ndarray],
+    sizes: np.ndarray,
+    text: Callable[[int], bytes],
+    rank: np.ndarray,
+    threshold: float,
     run: Callable[[Callable, Iterable], Iterator] = map,
 ) -> Duplicates:
     """Documents that verified pairs connect, less the first in rank of each cluster.
 
     Args:
-        present: bool [n], the documents that are looked at.
+        pairs: from ``similar_pairs``.
+        sizes: of the documents' texts in bytes, all of them.
         text: UTF-8 of a document by its number.
         rank: int64 [n], see ``clusters.ranks``.
-        folder: for sorted runs.
-        memory: bytes that the search may take, beside 40 bytes per document and the texts that are compared (``verify.BLOCK_BYTES``).
+        threshold: the Jaccard similarity of near-duplicates.
         run: a ``map`` that keeps the order, over processes perhaps: blocks of pairs are verified by it.
     """
-    pairs = candidate_pairs(_worded(sketches, present), partial(sketches.rows, SIGNATURES), config.bands, config.threshold, folder, memory)
     clusters = Clusters(rank)
-    for found, similarities in run(partial(verified, text=text, threshold=config.threshold), blocks_of_pairs(pairs, sketches.sizes)):
+    for found, similarities in run(partial(verified, text=text, threshold=threshold), blocks_of_pairs(pairs, sizes)):
         clusters.add(found, similarities)
     return clusters.duplicates()
 

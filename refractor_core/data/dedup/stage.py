@@ -15,7 +15,7 @@ from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, sou
 from refractor_core.data.dedup.alarm import refuse_vanishing
 from refractor_core.data.dedup.clusters import Duplicates
 from refractor_core.data.dedup.known import FOLDER, KnownDocuments, write_sketches
-from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
+from refractor_core.data.dedup.search import exact_duplicates, near_duplicates, similar_pairs
 from refractor_core.data.dedup.sketches import SIGNATURES, Sketches, folder_of
 from refractor_core.data.dedup.verify import verified
 from refractor_core.data.pool import Watch
@@ -35,18 +35,21 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
     assert not corpus.changes, "sketches are made of the texts as they were read"
     sketches, texts, ids = _sketches(corpus), texts_of(cleaning), ids_of(corpus)
     rank = ranks_of(cleaning, ids)
-    exact = exact_duplicates(sketches, rank, runs, cleaning.memory.room() // 2)
+    with stage_bar("exact", 2 * len(corpus), "doc", cleaning.memory) as advance:
+        exact = exact_duplicates(sketches, rank, runs, cleaning.memory.room() // 2, advance)
     near = Duplicates(exact.removed[:0], exact.kept[:0], exact.similarity[:0])
     if config.enabled:
         present = cleaning.kept.copy()
         present[exact.removed] = False
+        with stage_bar("bands", 2 * int(present.sum()) * config.bands, "band", cleaning.memory) as advance:
+            pairs = similar_pairs(sketches, present, config, runs, cleaning.memory.room() // 2, advance)
         with stage_bar("compare", None, "pair", cleaning.memory) as advance:
 
             def run(_: Callable, blocks: Iterable[np.ndarray]) -> Iterator:
                 tasks = (_VerifyTask(pairs, texts, config.threshold) for pairs in blocks)
                 return waves(cleaning.pool, _verify, tasks, advance)
 
-            near = near_duplicates(sketches, present, texts, rank, config, runs, cleaning.memory.room() // 2, run)
+            near = near_duplicates(pairs, sketches.sizes, texts, rank, config.threshold, run)
     rmtree(runs)
     removed, kept = np.concatenate([exact.removed, near.removed]), np.concatenate([exact.kept, near.kept])
     stays = cleaning.kept.copy()

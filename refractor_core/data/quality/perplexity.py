@@ -21,6 +21,7 @@ from refractor_core.data.corpus import Segment
 from refractor_core.data.memory import release
 from refractor_core.data.parts import PartReader
 from refractor_core.data.pool import Watch
+from refractor_core.data.progress import stage_bar
 from refractor_core.data.quality.ngrams import Ngrams, split
 from refractor_core.data.reading import removal
 from refractor_core.data.work import finished
@@ -131,24 +132,33 @@ def _train(cleaning: Cleaning, groups: np.ndarray, names: Sequence[str], folder:
     corpus, config = cleaning.corpus, cleaning.config.perplexity
     segments = range(len(corpus.paths))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(corpus.reader(segment)) for segment in segments)])
+    sizes = np.concatenate([np.zeros(0, np.int64), *(corpus.reader(segment).sizes() for segment in segments)])
+    sizes = np.where(cleaning.kept, np.minimum(sizes, config.max_bytes), 0)
+    expected = np.minimum(np.bincount(groups, sizes, len(names)), config.reference_bytes).astype(np.int64)
+    trained = np.flatnonzero(np.bincount(groups[cleaning.kept], minlength=len(names)) >= config.min_documents).tolist()
     facts = {}
-    for group, name in enumerate(names):
-        members = np.flatnonzero(cleaning.kept & (groups == group))
-        if len(members) < config.min_documents:
-            continue
-        sample, size = [], 0
-        for number in members[np.lexsort((members, hashes[members]))]:
-            if size >= config.reference_bytes:
-                break
-            sample.append(int(number))
-            size += len(_beginning(corpus.text(int(number)), config))
-        for half in range(2):
-            model = Ngrams()
-            for number in sample:
-                if _half(hashes[number]) == half:
-                    model.add(split(_beginning(corpus.text(number), config)))
-            model.save(folder / f"{group:06}-{half}.npy")
-        facts[name] = {"group": group, "reference_documents": len(sample), "reference_bytes": size}
+    with stage_bar("perplexity-train", int(expected[trained].sum()), "B", cleaning.memory) as advance:
+        for group in trained:
+            members = np.flatnonzero(cleaning.kept & (groups == group))
+            sample, size = [], 0
+            for number in members[np.lexsort((members, hashes[members]))]:
+                if size >= config.reference_bytes:
+                    break
+                sample.append(int(number))
+                size += len(_beginning(corpus.text(int(number)), config))
+            left = int(expected[group])
+            for half in range(2):
+                model = Ngrams()
+                for number in sample:
+                    if _half(hashes[number]) == half:
+                        text = _beginning(corpus.text(number), config)
+                        model.add(split(text))
+                        done = min(left, len(text))
+                        left -= done
+                        advance(done)
+                model.save(folder / f"{group:06}-{half}.npy")
+            advance(left)  # texts that an earlier stage has shortened
+            facts[names[group]] = {"group": group, "reference_documents": len(sample), "reference_bytes": size}
     (folder / GROUPS).write_text(json.dumps(facts, sort_keys=True))
 
 
@@ -203,18 +213,16 @@ def _score_here(cleaning: Cleaning) -> list[Path]:
     """Scores by what the builder was given, in this process, segment by segment."""
     if cleaning.scorer is None:
         raise ValueError("data.perplexity.backend = 'checkpoint': needs a scorer; run refractor data build, or give build() one")
-    pieces = []
-    for number in range(len(cleaning.corpus.paths)):
-        piece = cleaning.folder / "perplexity-scores" / f"{number:06}"
-        pieces.append(piece)
-        if piece.exists():
-            continue
-        segment = cleaning.segment(number)
-        rows = np.flatnonzero(segment.kept)
-        scores = np.full(len(segment.kept), np.nan, np.float32)
-        for batch in np.array_split(rows, -(-len(rows) // BATCH) or 1):
-            texts = [_beginning(segment.text(row)[0], cleaning.config.perplexity).decode() for row in batch.tolist()]
-            scores[batch] = cleaning.scorer(texts)
-        with finished(piece) as folder:
-            np.save(folder / SCORES, scores)
+    pieces = [cleaning.folder / "perplexity-scores" / f"{number:06}" for number in range(len(cleaning.corpus.paths))]
+    todo = [(cleaning.segment(number), piece) for number, piece in enumerate(pieces) if not piece.exists()]
+    with stage_bar("perplexity-scores", sum(int(segment.kept.sum()) for segment, _ in todo), "doc", cleaning.memory) as advance:
+        for segment, piece in todo:
+            rows = np.flatnonzero(segment.kept)
+            scores = np.full(len(segment.kept), np.nan, np.float32)
+            for batch in np.array_split(rows, -(-len(rows) // BATCH) or 1):
+                texts = [_beginning(segment.text(row)[0], cleaning.config.perplexity).decode() for row in batch.tolist()]
+                scores[batch] = cleaning.scorer(texts)
+                advance(len(batch))
+            with finished(piece) as folder:
+                np.save(folder / SCORES, scores)
     return pieces

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.dedup import candidates, verify
 from refractor_core.data.dedup.clusters import Duplicates, ranks
-from refractor_core.data.dedup.search import exact_duplicates, near_duplicates
+from refractor_core.data.dedup.search import exact_duplicates, near_duplicates, similar_pairs
 from refractor_core.data.dedup.sketches import Sketches, sketch, write_sketch
 from tests.data.corpora import words
 
@@ -29,7 +29,8 @@ def near(texts: list[str], rank: list[int] | None = None, memory: int = 1 << 20,
     order = np.arange(len(texts)) if rank is None else np.array(rank)
     with TemporaryDirectory() as folder:
         present = np.ones(len(texts), bool)
-        return near_duplicates(sketches, present, encoded.__getitem__, order, CONFIG, Path(folder), memory, run)
+        pairs = similar_pairs(sketches, present, CONFIG, Path(folder), memory)
+        return near_duplicates(pairs, sketches.sizes, encoded.__getitem__, order, CONFIG.threshold, run)
 
 
 def pairs_of(found: Duplicates) -> set[tuple[int, int]]:
