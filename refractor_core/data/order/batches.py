@@ -266,7 +266,7 @@ class BatchPlan:
             "sequences": stage.sequences,
             "tokens": tokens,
             "documents": sum(own["documents"] for own in sources.values()),
-            "padding": 1 - tokens / (packs * stage.length),
+            "padding": 1 - tokens / (packs * stage.length) if packs else 0.0,
             "sources": sources,
             "retrieval": stage.retrieval.describe(stage.sequences - packs) if stage.retrieval else None,
         }

@@ -132,3 +132,12 @@ def test_sequences_too_short_for_a_task_are_refused(built: tuple[Dataset, RunCon
         ValueError, match=r"curriculum.stages.0.retrieval_share = 0.3: retrieval tasks need sequences of \d+ tokens at least"
     ):
         plan(built, sequence_length=128)
+
+
+def test_nearly_all_sequences_may_be_tasks(built: tuple[Dataset, RunConfig]) -> None:
+    for share in (0.9,):  # of one sequence, none is left for documents
+        found = plan(built, until_step=1, global_batch_size=1, retrieval_share=share)
+        assert found.batch(0).tasks_B.tolist() == [True]
+        told = found.describe()[0]
+        assert (told["tokens"], told["padding"], told["retrieval"]["rows"]) == (0, 0.0, 1)
+        assert all(own["target"] > 0 for own in told["sources"].values())
