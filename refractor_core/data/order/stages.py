@@ -188,8 +188,9 @@ class Layout:
         """int64 samples per period of each source, and of retrieval tasks where the stage has any."""
         if not stage.retrieval_share:
             return self._shares(number, stage, tokens, wanted, PERIOD)
-        tasks = max(1, round(PERIOD * stage.retrieval_share))
-        return np.append(self._shares(number, stage, tokens * (PERIOD - tasks) // PERIOD, wanted, PERIOD - tasks), tasks)
+        tasks = min(max(1, round(PERIOD * stage.retrieval_share)), PERIOD - len(self._names))  # a sample is left for every source
+        tokens = max(1, tokens * (PERIOD - tasks) // PERIOD)
+        return np.append(self._shares(number, stage, tokens, wanted, PERIOD - tasks), tasks)
 
     def _shares(self, number: int, stage: StageConfig, tokens: int, wanted: np.ndarray, period: int) -> np.ndarray:
         """int64 [sources] samples in a period of documents, of which the stage reads that many tokens."""

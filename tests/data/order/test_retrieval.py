@@ -135,7 +135,7 @@ def test_sequences_too_short_for_a_task_are_refused(built: tuple[Dataset, RunCon
 
 
 def test_nearly_all_sequences_may_be_tasks(built: tuple[Dataset, RunConfig]) -> None:
-    for share in (0.9,):  # of one sequence, none is left for documents
+    for share in (0.9, 0.9999, 0.9999999):  # of one sequence, none is left for documents; of a period, hardly any, less than one
         found = plan(built, until_step=1, global_batch_size=1, retrieval_share=share)
         assert found.batch(0).tasks_B.tolist() == [True]
         told = found.describe()[0]
