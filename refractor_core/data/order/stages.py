@@ -195,6 +195,10 @@ class Layout:
     def _shares(self, number: int, stage: StageConfig, tokens: int, wanted: np.ndarray, period: int) -> np.ndarray:
         """int64 [sources] samples in a period of documents, of which the stage reads that many tokens."""
         mixture, there = self._config.data.mixture, [int(bands[wanted].sum()) for bands in self._bands]
+        bounds = f"{stage.min_document_tokens} to {stage.max_document_tokens or 'any number of'}"
+        if not any(there):
+            mend = "widen min_document_tokens and max_document_tokens, or add documents"
+            raise ValueError(f"curriculum.stages.{number}: no source of data.sources has training documents of {bounds} tokens; {mend}")
         explicit = stage.shares if stage.shares is not None else mixture.shares if stage.temperature is None else None
         if explicit is None and not wanted.all():  # a source that has hardly any documents of the lengths wanted sits the stage out
             enough = [have if have >= stage.sequence_length else 0 for have in there]
@@ -204,7 +208,6 @@ class Layout:
             weights = [explicit.get(name, 0.0) for name in self._names]
         for name, weight, have in zip(self._names, weights, there):
             if weight and have < stage.sequence_length:
-                bounds = f"{stage.min_document_tokens} to {stage.max_document_tokens or 'any number of'}"
                 only = f" in documents of {bounds}" if len(self._edges) else ""
                 raise ValueError(
                     f"curriculum.stages.{number}.sequence_length = {stage.sequence_length}: source {name!r} of data.sources has only "

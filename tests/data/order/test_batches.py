@@ -371,6 +371,13 @@ def test_a_source_shorter_than_a_sequence_is_refused(dataset: Dataset) -> None:
             BatchPlan(dataset, config(curriculum={"stages": [refused]}))
 
 
+def test_a_stage_without_documents_of_its_lengths_is_refused(dataset: Dataset) -> None:
+    empty = {"until_step": 9, "sequence_length": 16, "min_document_tokens": 1 + max(map(max, LENGTHS.values()))}
+    for shares in ({}, {"shares": {"large": 1}}):
+        with pytest.raises(ValueError, match=r"curriculum.stages.1: no source .* documents of \d+ to any number of tokens"):
+            BatchPlan(dataset, config(curriculum={"stages": [STAGES[0], empty | shares]}))
+
+
 def test_epochs_are_limited_and_what_is_cut_off_goes_to_the_others(dataset: Dataset) -> None:
     mixture = {"temperature": 1000.0, "max_epochs": 2, "source_max_epochs": {"large": 5}}
     stages = [{"until_step": 20, "sequence_length": 16}, {"until_step": 150, "sequence_length": 32}]
