@@ -106,6 +106,9 @@ def _rows(source: TableSource, names: Names, first: int, batch: pyarrow.RecordBa
         except UnicodeDecodeError as error:
             yield Unreadable(source.name, names.numbered(first + index), "invalid_utf8", str(error))
             continue
+        except OverflowError as error:  # a time or number that Python has none for
+            yield Unreadable(source.name, names.numbered(first + index), "unreadable_row", str(error))
+            continue
         yield record_document(source, names, first + index, record)
 
 

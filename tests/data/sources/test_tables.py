@@ -88,6 +88,14 @@ def test_bad_rows_are_told_and_the_rest_is_read(tmp_path: Path, writer: str) -> 
     assert rules(unread) == [("t:2", "invalid_utf8"), ("t:3", "text_not_string"), ("t:4", "oversized")]
 
 
+def test_a_time_beyond_pythons_is_told_and_the_rest_is_read(tmp_path: Path) -> None:
+    times = pyarrow.array([0, -(10**18), 1], pyarrow.timestamp("s"))
+    write_file(tmp_path / "t", pyarrow.table({"text": ["a", "b", "c"], "license": times}))
+    documents, unread = read("arrow", tmp_path / "t")
+    assert [(item.text, item.license) for item in documents] == [("a", "unknown"), ("c", "unknown")]
+    assert rules(unread) == [("t:2", "unreadable_row")]
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_file_without_a_text_column_is_told(tmp_path: Path, writer: str) -> None:
     kind, write = WRITERS[writer]
