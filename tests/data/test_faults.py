@@ -192,6 +192,7 @@ def test_every_kind_of_bad_input_is_named_and_the_rest_goes_on(tmp_path: Path) -
         ("cut.jsonl.gz", "unreadable_file"),
         ("utf8.jsonl:1", "invalid_utf8"),
         ("nul.jsonl:1", "invalid_json"),
+        ("empty.jsonl", "unreadable_file"),
         ("long.jsonl:1", "oversized"),
         ("loop.jsonl", "unreadable_file"),
         ("circle", "symbolic_link"),

@@ -29,6 +29,8 @@ def read_jsonl(source: JsonlSource, file: SourceFile) -> Iterator[Document | Unr
     Raises:
         OSError, EOFError, zlib.error: the rest of the file cannot be read.
     """
+    if file.path.stat().st_size == 0:
+        raise EOFError("the file is empty")
     names = Names(source, file)
     with open_packed(file.path) as stream:
         for number, line in enumerate(bounded_lines(stream, source.max_document_bytes), 1):

@@ -96,6 +96,15 @@ def test_a_truncated_archive_gives_its_good_lines_and_its_name(tmp_path: Path, s
     assert len(found) > 100 and all(isinstance(item, Document) for item in found[:-1])
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_file_of_no_bytes_is_told(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"web.jsonl{suffix}"
+    path.write_bytes(b"")
+    assert [(item.path, item.rule, item.detail) for item in read(jsonl_source(path))] == [
+        (path.as_posix(), "unreadable_file", "EOFError: the file is empty")
+    ]
+
+
 def test_unreadable_files_are_told_and_the_rest_is_read(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "2.txt").symlink_to(tmp_path / "nowhere")
