@@ -12,7 +12,7 @@ from refractor_core.config.run import RunConfig
 from refractor_core.config.sources import MegatronSource, OlmoSource
 
 SCHEMA_VERSION = 1
-CODE_VERSION = "6"
+CODE_VERSION = "7"
 """Version of the code between a document and its tokens. Raise it with every change that changes a dataset."""
 MANIFEST = "manifest.json"
 

@@ -248,11 +248,12 @@ def _unpacked(stream: io.BytesIO, headers: dict[str, str], limit: int) -> bytes:
 def _document(source: ArchiveSource, label: str, record: _Record, content: bytes | None, media: str) -> Document | Unreadable:
     if content is None or len(content) > source.max_document_bytes:
         return oversized(source, label, str(record.size))
-    message = Message()
-    message["content-type"] = media or "application/octet-stream"
-    if message.get_content_type() != "text/plain":
-        detail = f"{message.get_content_type()} is not read, only text/plain; take the crawl's WET files for the text of its pages"
+    kind = media.partition(";")[0].strip().lower() or "application/octet-stream"  # Message takes what is no media type for plain text
+    if kind != "text/plain":
+        detail = f"{kind[:80]} is not read, only text/plain; take the crawl's WET files for the text of its pages"
         return Unreadable(source.name, label, "media_type", detail)
+    message = Message()
+    message["content-type"] = media
     charset = message.get_content_charset() or "utf-8"
     try:
         text = content.decode("utf-8-sig" if charset == "utf-8" else charset)

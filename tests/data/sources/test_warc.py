@@ -109,6 +109,15 @@ def test_plain_responses_are_unpacked_and_html_is_refused(tmp_path: Path) -> Non
     assert re.search("text/html is not read.*WET", unread[0].detail)
 
 
+def test_what_says_no_media_type_is_not_taken_for_text(tmp_path: Path) -> None:
+    kinds = ("html", "text", "text/html/x", "text/plain,text/html", "; charset=utf-8", "")
+    records = [*(response(b"<p>", Content_Type=kind) for kind in kinds), response(b"good", Content_Type="TEXT/Plain ;x")]
+    write(tmp_path / "c.warc", records, "plain")
+    documents, unread = read("warc", tmp_path / "c.warc")
+    assert [item.text for item in documents] == ["good"] and [item.rule for item in unread] == ["media_type"] * len(kinds)
+    assert [item.detail.partition(" is not")[0] for item in unread] == [*kinds[:4], *["application/octet-stream"] * 2]
+
+
 def test_empty_and_foreign_files_are_told(tmp_path: Path) -> None:
     for name in ("c.wet", "c.wet.gz"):
         (tmp_path / name).write_bytes(b"no archive\0")
