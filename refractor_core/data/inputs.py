@@ -20,7 +20,7 @@ ROWS = 8192
 
 def write_inputs(path: Path, source: str, files: Sequence[SourceFile], closed: Container[str] = ()) -> None:
     """Hashes the files of one source and writes their rows, in this order; files whose label is in ``closed`` are not opened."""
-    files = [found for file in files for found in (file, *_beside(file))]
+    files = [found for file in files for found in (file, *file.beside())]
     found = [(None, None) if file.label in closed else _content(file) for file in files]
     columns = [[source] * len(files), [file.label for file in files], *zip(*found)]
     with TableWriter(path, SCHEMA, ROWS) as writer:
@@ -30,12 +30,6 @@ def write_inputs(path: Path, source: str, files: Sequence[SourceFile], closed: C
 def join_inputs(path: Path, pieces: Iterable[Path]) -> None:
     """Writes the rows of all pieces, one after another."""
     join_tables(path, pieces, SCHEMA, ROWS)
-
-
-def _beside(file: SourceFile) -> list[SourceFile]:
-    """The index that is read with a token store."""
-    index = file.path.with_suffix(".idx")
-    return [SourceFile(index, file.label.removesuffix(".bin") + ".idx")] if file.path.suffix == ".bin" and index.is_file() else []
 
 
 def _content(file: SourceFile) -> tuple[int | None, str | None]:

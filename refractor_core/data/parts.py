@@ -85,7 +85,7 @@ class Part:
     def name(self) -> str:
         """Changes with the part's place, its files, and their sizes and times."""
         digest = hashlib.sha256()
-        for file in self.files:
+        for file in (own for listed in self.files for own in (listed, *listed.beside())):
             digest.update(f"{self.source}\0{file.label}\0{file.license}\0{file.stamp()}\n".encode())
         return f"{self.number:06}-{digest.hexdigest()[:16]}"
 

@@ -94,3 +94,11 @@ def test_parts_hold_consecutive_files_of_one_source_up_to_the_limit(tmp_path: Pa
         (1, ["0"], 40),
     ]
     assert [part.number for part in found] == list(range(6))
+
+
+def test_a_part_whose_index_was_mended_is_another(tmp_path: Path) -> None:
+    names = []
+    for index in (None, b"cut", b"whole"):
+        (tmp_path / "m.bin").write_bytes(b"tokens") if index is None else (tmp_path / "m.idx").write_bytes(index)
+        names += [part.name for part in list_parts([source_of("text", tmp_path / "*.bin")])]
+    assert len(set(names)) == 3

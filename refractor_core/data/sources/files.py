@@ -38,6 +38,11 @@ class SourceFile:
             return f"{found.st_size} {found.st_mtime_ns}"
         return "missing"
 
+    def beside(self) -> list["SourceFile"]:
+        """The index that is read with a token store."""
+        index = self.path.with_suffix(".idx")
+        return [SourceFile(index, self.label.removesuffix(".bin") + ".idx")] if self.path.suffix == ".bin" and index.is_file() else []
+
 
 class SourceError(ValueError):
     """A source that is configured wrongly: it stops the build, where a file that cannot be read leaves an audit row."""
