@@ -5,7 +5,7 @@ A document's *number* is its position over all segments in order: segments lie i
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -164,9 +164,9 @@ class Corpus:
         return self.reader(segment).text(row)
 
     def document(self, number: int) -> Document:
-        """A document with its provenance, its text as it was read."""
+        """A document with its provenance and its text as it is now."""
         segment, row = self.locate(number)
-        return self.reader(segment).document(row)
+        return replace(self.reader(segment).document(row), text=self.text(number).decode())
 
     def column(self, name: str) -> np.ndarray:
         """One column over all documents, for columns that fit in memory: 4 bytes per document for a signal."""

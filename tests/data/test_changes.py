@@ -1,5 +1,7 @@
 """A document that is masked, or loses a paragraph, is told of, and is nowhere counted among those that were removed."""
 
+from pathlib import Path
+
 import pytest
 
 from refractor_core.cli.data import SAMPLES
@@ -61,6 +63,19 @@ def test_the_report_says_so_too(built: tuple[Dataset, RunConfig]) -> None:
     assert sources["stages"] == ["filter"] and sources["rows"][0]["removed"] == [1]
     assert {group["stage"]: group["stays"] for group in rule_groups(audit)} == {"filter": False, "mask": True, "paragraph": True}
     assert "7.7% of what was read" in " ".join(write_report(dataset, config, []).read_text(encoding="utf-8").split())
+
+
+def test_what_a_document_lost_before_it_went_is_counted_once(tmp_path: Path) -> None:
+    pages = [f"{NOTICE}\n\n{words(100 + number, 90)}" for number in NUMBERS]
+    write_jsonl(tmp_path / "web.jsonl", pages)
+    source = {"name": "web", "kind": "jsonl", "path": str(tmp_path / "web.jsonl")}
+    scored = {"backend": "checkpoint", "path": "x", "tokenizer_path": "x", "min_documents": 12, "keep": ["head", "middle"]}
+    dataset = build(run_config(tmp_path / "dataset", [source], data__perplexity=scored), scorer=lambda texts: list(map(len, texts)))
+    rows = {row["stage"]: row for row in funnel(dataset, Audit.of(dataset))}
+    assert rows["paragraph"]["changed_documents"] == 11 and rows["perplexity"]["removed_documents"] > 1
+    assert rows["found"]["bytes"] == sum(len(page.encode()) for page in pages)
+    gone = [row for row in dataset.audit().to_pylist() if row["stage"] == "perplexity"]
+    assert sum(not row["detail"].startswith(NOTICE[:20]) for row in gone) >= len(gone) - 1, "all but the first have lost it"
 
 
 def test_inspect_lists_them_apart(built: tuple[Dataset, RunConfig]) -> None:
