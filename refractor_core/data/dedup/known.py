@@ -49,7 +49,8 @@ def read_sketches(dataset: Path, permutations: int) -> Iterator[tuple[np.ndarray
     """
     folder = dataset / FOLDER
     if not (folder / MEANING).is_file():
-        raise ValueError(f"{dataset}: a dataset without sketches; build it with data.deduplication.keep_sketches: true")
+        what = "a dataset without sketches" if dataset.is_dir() else "no dataset is there"
+        raise ValueError(f"{dataset}: {what}; build it with data.deduplication.keep_sketches: true")
     found, expected = json.loads((folder / MEANING).read_text(encoding="utf-8")), _meaning(permutations)
     if found != expected:
         apart = ", ".join(f"{name} {found.get(name)!r} (now {value!r})" for name, value in expected.items() if found.get(name) != value)

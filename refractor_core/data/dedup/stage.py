@@ -75,8 +75,11 @@ def keep_sketches(cleaning: Cleaning, folder: Path) -> None:
 def _known(sketches: Sketches, stays: np.ndarray, config: DeduplicationConfig) -> list[tuple[int, float, int]]:
     """(number, estimated similarity, id of the known document) of documents that other datasets have."""
     index, found = KnownDocuments(config.bands, config.rows), []
-    for dataset in config.known:
-        index.add_dataset(Path(dataset))
+    for place, dataset in enumerate(config.known):
+        try:
+            index.add_dataset(Path(dataset))
+        except ValueError as error:
+            raise ValueError(f"data.deduplication.known.{place}: {error}") from error
     for numbers, rows in sketches.batches(SIGNATURES):
         for place in np.flatnonzero(stays[numbers]).tolist():
             nearest = index.nearest(rows[place])

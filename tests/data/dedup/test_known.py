@@ -58,6 +58,9 @@ def test_a_later_build_drops_what_an_earlier_one_has(tmp_path: Path):
         assert (row["stage"], row["rule"], row["twin"]) == ("known", "estimated_jaccard", ids[line])
         assert row["value"] >= row["threshold"] == 0.8
     assert not (new.path / "sketches").exists()
+    known["known"].append(str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"^data.deduplication.known.1: .*/gone: no dataset is there; build it with"):
+        build(run_config(tmp_path / "third", sources["new"], data__deduplication=known))
 
 
 def test_the_bloom_variant_says_yes_or_no_and_lasts(tmp_path: Path):
