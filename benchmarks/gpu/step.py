@@ -78,7 +78,7 @@ class Proxy:
     def __init__(self, config: RunConfig, device: torch.device):
         mesh = Mesh.single()
         self.model = Decoder(config.model, kernels=config.kernels, dtype=torch.bfloat16, device=device)
-        self.engine = Zero1(self.model, mesh, config.optimizer)
+        self.engine = Zero1(self.model, mesh, config.optimizer, config.kernels)
         self.engine.load(_fill)
         rows, length = config.batch.global_batch_size, config.curriculum.stages[0].sequence_length
         tokens = torch.randint(config.model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -23,9 +23,9 @@ def rooms(monkeypatch):
     if find_spec("triton") is None:
         missing(HOW_TO_GET)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu import contest, report, timing
+    from gpu import contest, head, report, rows, step, timing
 
-    return SimpleNamespace(contest=contest, report=report, timing=timing)
+    return SimpleNamespace(contest=contest, head=head, report=report, rows=rows, step=step, timing=timing)
 
 
 def rehearse(folder, *only: str) -> tuple[subprocess.CompletedProcess, dict]:
@@ -127,3 +127,12 @@ def test_goals_are_judged_as_stated(rooms, tmp_path):
     assert "failed: x" in rooms.report.told(rows, [])
     if find_spec("matplotlib") is not None:
         assert any(path.name == "run_experts.svg" for path in rooms.report.draw(rows, tmp_path, "run"))
+
+
+def test_a_step_of_stock_ops_has_none_of_our_kernels(rooms, monkeypatch):
+    """Nor in its optimizer."""
+    asked = []
+    monkeypatch.setattr(rooms.step, "Zero1", lambda *arguments: asked.append(arguments[3:]) or SimpleNamespace(load=lambda fill: None))
+    for kernels in ("auto", "torch"):
+        rooms.step.Proxy(rooms.step.run_config(kernels, head=False, tiny=True), torch.device("cpu"))
+    assert asked == [("auto",), ("torch",)]
