@@ -136,3 +136,13 @@ def test_a_step_of_stock_ops_has_none_of_our_kernels(rooms, monkeypatch):
     for kernels in ("auto", "torch"):
         rooms.step.Proxy(rooms.step.run_config(kernels, head=False, tiny=True), torch.device("cpu"))
     assert asked == [("auto",), ("torch",)]
+
+
+def test_a_step_that_fails_leaves_routing_as_it_was(rooms, monkeypatch):
+    """Or the variants after it would be called real and be balanced."""
+    proxy = rooms.step.Proxy(rooms.step.run_config("torch", head=False, tiny=True), torch.device("cpu"))
+    before = [router.choose for router in rooms.step.routers(proxy.model)]
+    monkeypatch.setattr(proxy, "step", lambda update: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        proxy.measured(rooms.timing.Clock(torch.device("cpu"), time.monotonic() + 600), balanced=True, update=True)
+    assert before and [router.choose for router in rooms.step.routers(proxy.model)] == before
