@@ -93,6 +93,14 @@ def test_what_is_wrong_failing_absent_or_slow_is_told_and_ends_nothing(rooms):
     assert rooms.contest.contest([case], contenders[:1], contenders[0], clock)[0]["status"] == "left out: no time left"
 
 
+def test_gradients_that_are_small_are_judged_too(rooms):
+    """Those of a mean over tokens are far below its value's last place."""
+    case = rooms.head.case("small", (64, 400, 32))
+    judge = rooms.contest.Judge(rooms.head.PLAIN, case, torch.device("cpu"))
+    build = lambda case: lambda x, w, labels: rooms.head.plain(case)(x.detach(), w.detach(), labels) + 0 * (x.sum() + w.sum())  # noqa: E731
+    assert judge(rooms.head.PLAIN, case) <= 1 < judge(rooms.contest.Contender("without gradients", build), case)
+
+
 def test_goals_are_judged_as_stated(rooms, tmp_path):
     def row(work, case, contender, **figures):
         return {"work": work, "case": case, "contender": contender, "status": "ok", **figures}
