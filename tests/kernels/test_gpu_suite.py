@@ -101,6 +101,21 @@ def test_gradients_that_are_small_are_judged_too(rooms):
     assert judge(rooms.head.PLAIN, case) <= 1 < judge(rooms.contest.Contender("without gradients", build), case)
 
 
+def test_compiled_peers_are_compiled_for_the_size_that_is_timed(rooms, monkeypatch):
+    seen, compiles = [], torch.compile
+
+    def keep(graph, inputs):
+        seen.extend(node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, backend, **options: compiles(function, backend=keep, **options))
+    norm = rooms.rows.cases(rooms.timing.Clock(torch.device("cpu"), 0.0))[0]
+    for size in (8, 16, 24):
+        rooms.head.compiled(norm)(torch.randn(size, 4), torch.randn(2 * size, 4), torch.zeros(size, dtype=torch.int64))
+        rooms.rows.compiled(norm)(torch.randn(5, size), torch.randn(size))
+    assert len(seen) == 15 and all(isinstance(x, torch.Tensor) and all(type(n) is int for n in x.shape) for x in seen)
+
+
 def test_goals_are_judged_as_stated(rooms, tmp_path):
     def row(work, case, contender, **figures):
         return {"work": work, "case": case, "contender": contender, "status": "ok", **figures}
