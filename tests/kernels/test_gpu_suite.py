@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -114,6 +115,20 @@ def test_compiled_peers_are_compiled_for_the_size_that_is_timed(rooms, monkeypat
         rooms.head.compiled(norm)(torch.randn(size, 4), torch.randn(2 * size, 4), torch.zeros(size, dtype=torch.int64))
         rooms.rows.compiled(norm)(torch.randn(5, size), torch.randn(size))
     assert len(seen) == 15 and all(isinstance(x, torch.Tensor) and all(type(n) is int for n in x.shape) for x in seen)
+
+
+def test_the_gpu_is_busy_while_the_host_launches(rooms, monkeypatch):
+    """So that the host's time is no part of a call's. The more it takes, the more is overwritten first."""
+    event = lambda **options: SimpleNamespace(record=lambda: order.append("event"), elapsed_time=lambda last: 1.0)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    clock = rooms.timing.Clock(torch.device("cpu"), 0.0)
+    clock.rehearsal, clock._flush = False, SimpleNamespace(zero_=lambda: order.append("flush"))
+    for launch, least, most in ((0.0, 1, 5), (1e-3, 20, 50), (0.02, 50, 50)):
+        order: list[str] = []
+        clock.seconds(partial(time.sleep, launch), budget=0.0)
+        before = order.index("event")
+        assert least <= before <= most and order == (["flush"] * before + ["event"] * 2) * 3
 
 
 def test_goals_are_judged_as_stated(rooms, tmp_path):
