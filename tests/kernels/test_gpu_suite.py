@@ -184,3 +184,12 @@ def test_a_step_that_fails_leaves_routing_as_it_was(rooms, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         proxy.measured(rooms.timing.Clock(torch.device("cpu"), time.monotonic() + 600), balanced=True, update=True)
     assert before and [router.choose for router in rooms.step.routers(proxy.model)] == before
+
+
+def test_figures_are_kept_on_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import record
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    written = json.loads(record.write_result("figures", {"rows": [1]}, ("torch",), tmp_path).read_text())
+    assert written["rows"] == [1] and written["commit"] is None
