@@ -57,13 +57,16 @@ def write_in_runbook(name: str, text: str, runbook: str = "parallelism.md") -> N
 
 
 def commit() -> str | None:
-    """The commit that is measured, marked where other files than figures have changed since; None outside of git."""
+    """The commit that is measured, marked where other files than figures have changed since; None outside of git, or without it."""
     head, changed = (_git(*words) for words in (("rev-parse", "--short=12", "HEAD"), ("diff", "--stat", "HEAD", "--", *_MEASURED)))
     return head and head + (", with changes" if changed else "")
 
 
 def _git(*words: str) -> str | None:
-    found = subprocess.run(["git", "-C", str(RUNBOOKS.parent), *words], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", str(RUNBOOKS.parent), *words], capture_output=True, text=True)
+    except FileNotFoundError:  # a machine that is lent for its GPU need not have git
+        return None
     return found.stdout.strip() if found.returncode == 0 else None
 
 

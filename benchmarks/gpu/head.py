@@ -46,7 +46,8 @@ def plain(case: Case) -> Call:
 
 
 def compiled(case: Case) -> Call:
-    return torch.compile(plain(case), backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    """For each size anew: at the second one a compiler that may would make a slower graph for all sizes."""
+    return torch.compile(plain(case), backend="inductor" if torch.cuda.is_available() else "aot_eager", dynamic=False)
 
 
 def liger(accumulate: torch.dtype | None, case: Case) -> Call:

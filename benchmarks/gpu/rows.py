@@ -73,7 +73,8 @@ def plain(case: Case) -> Call:
 
 
 def compiled(case: Case) -> Call:
-    return torch.compile(_plain(case.work), backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    """For each size anew: at the second one a compiler that may would make a slower graph for all sizes."""
+    return torch.compile(_plain(case.work), backend="inductor" if torch.cuda.is_available() else "aot_eager", dynamic=False)
 
 
 def ours(case: Case) -> Call:

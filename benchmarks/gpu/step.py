@@ -78,7 +78,7 @@ class Proxy:
     def __init__(self, config: RunConfig, device: torch.device):
         mesh = Mesh.single()
         self.model = Decoder(config.model, kernels=config.kernels, dtype=torch.bfloat16, device=device)
-        self.engine = Zero1(self.model, mesh, config.optimizer)
+        self.engine = Zero1(self.model, mesh, config.optimizer, config.kernels)
         self.engine.load(_fill)
         rows, length = config.batch.global_batch_size, config.curriculum.stages[0].sequence_length
         tokens = torch.randint(config.model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
@@ -95,14 +95,16 @@ class Proxy:
 
     def measured(self, clock: Clock, balanced: bool, update: bool) -> dict:
         chosen = {router: router.choose for router in routers(self.model)}
-        for router, choose in chosen.items():
-            router.choose = partial(_evenly, choose) if balanced else choose
-        if not clock.rehearsal:
-            self.step(update)
-        peak = clock.peak(lambda: self.step(update))
-        seconds, spread = clock.seconds(lambda: self.step(update), budget=3.0, runs=5)
-        for router, choose in chosen.items():
-            router.choose = choose
+        try:
+            for router, choose in chosen.items():
+                router.choose = partial(_evenly, choose) if balanced else choose
+            if not clock.rehearsal:
+                self.step(update)
+            peak = clock.peak(lambda: self.step(update))
+            seconds, spread = clock.seconds(lambda: self.step(update), budget=3.0, runs=5)
+        finally:  # the next variant has the same model
+            for router, choose in chosen.items():
+                router.choose = choose
         rate = self.flops / seconds
         mfu = rate / peak_flops(clock.device, torch.bfloat16)
         return {"forward_ms": seconds * 1e3, "spread_ms": spread * 1e3, "both_tflops": rate / 1e12, "mfu": mfu, "peak_mib": peak}

@@ -21,7 +21,13 @@ from refractor_kernels.dispatch import Op
 _MODULES = {3: "flash_attn_interface", 2: "flash_attn"}
 
 
-GENERATION = next((generation for generation, module in _MODULES.items() if find_spec(module) is not None), None)
+def _generation() -> int | None:
+    """A folder without a file of its own is no package: the fourth generation lies in ``flash_attn/cute`` beside nothing."""
+    found = ((generation, find_spec(module)) for generation, module in _MODULES.items())
+    return next((generation for generation, spec in found if spec is not None and spec.origin is not None), None)
+
+
+GENERATION = _generation()
 """Of FlashAttention: 3 where that is installed, 2 where only the second is, else None. Looked up once, without importing it."""
 
 

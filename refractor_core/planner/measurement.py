@@ -29,13 +29,14 @@ def measured_step(config: RunConfig, mesh: Mesh, given: Assumptions, device: tor
     """Builds this rank and does steps on random tokens; collective over the mesh.
 
     Returns:
-        The most bytes that were alive during a step, and a function that does another one.
+        The most bytes of this rank that were alive during a step, and a function that does another one.
     """
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)  # the process may keep other ranks' steps
         step = _prepared(config, mesh, given, device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated(device), step
+        return torch.cuda.max_memory_allocated(device) - before, step
     with profile(use_cpu=True, use_kineto=True, profile_memory=True) as found:
         step = _prepared(config, mesh, given, device)
         for _ in range(_STEPS):

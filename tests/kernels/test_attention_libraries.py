@@ -1,5 +1,8 @@
 """Which library attention goes to is told by a table, and what it cannot do is refused; that they are right needs a GPU to show."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +29,20 @@ def test_the_second_generation_of_flash_attn_comes_after_cudnn_on_hopper():
     order = lambda generation: attention_order.find("sm90", length=4096, width=128, generation=generation)[0]  # noqa: E731
     assert order(3)[:2] == ["flash_attn", "cudnn"] and order(2)[:2] == ["cudnn", "flash_attn"] and "flash_attn" not in order(None)
     assert attention_order.find("sm80", length=4096, width=128, generation=2)[0] == ["torch"]
+
+
+def test_the_fourth_generation_alone_is_not_taken_for_the_second(tmp_path, monkeypatch):
+    """It has ``flash_attn/cute`` and no ``flash_attn/__init__.py``, hence no ``flash_attn.flash_attn_func``."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    assert libraries._generation() is None
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert libraries._generation() == 2
+    (tmp_path / "flash_attn_interface.py").touch()
+    importlib.invalidate_caches()
+    assert libraries._generation() == 3
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -23,9 +24,9 @@ def rooms(monkeypatch):
     if find_spec("triton") is None:
         missing(HOW_TO_GET)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu import contest, report, timing
+    from gpu import contest, head, report, rows, step, timing
 
-    return SimpleNamespace(contest=contest, report=report, timing=timing)
+    return SimpleNamespace(contest=contest, head=head, report=report, rows=rows, step=step, timing=timing)
 
 
 def rehearse(folder, *only: str) -> tuple[subprocess.CompletedProcess, dict]:
@@ -93,6 +94,43 @@ def test_what_is_wrong_failing_absent_or_slow_is_told_and_ends_nothing(rooms):
     assert rooms.contest.contest([case], contenders[:1], contenders[0], clock)[0]["status"] == "left out: no time left"
 
 
+def test_gradients_that_are_small_are_judged_too(rooms):
+    """Those of a mean over tokens are far below its value's last place."""
+    case = rooms.head.case("small", (64, 400, 32))
+    judge = rooms.contest.Judge(rooms.head.PLAIN, case, torch.device("cpu"))
+    build = lambda case: lambda x, w, labels: rooms.head.plain(case)(x.detach(), w.detach(), labels) + 0 * (x.sum() + w.sum())  # noqa: E731
+    assert judge(rooms.head.PLAIN, case) <= 1 < judge(rooms.contest.Contender("without gradients", build), case)
+
+
+def test_compiled_peers_are_compiled_for_the_size_that_is_timed(rooms, monkeypatch):
+    seen, compiles = [], torch.compile
+
+    def keep(graph, inputs):
+        seen.extend(node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, backend, **options: compiles(function, backend=keep, **options))
+    norm = rooms.rows.cases(rooms.timing.Clock(torch.device("cpu"), 0.0))[0]
+    for size in (8, 16, 24):
+        rooms.head.compiled(norm)(torch.randn(size, 4), torch.randn(2 * size, 4), torch.zeros(size, dtype=torch.int64))
+        rooms.rows.compiled(norm)(torch.randn(5, size), torch.randn(size))
+    assert len(seen) == 15 and all(isinstance(x, torch.Tensor) and all(type(n) is int for n in x.shape) for x in seen)
+
+
+def test_the_gpu_is_busy_while_the_host_launches(rooms, monkeypatch):
+    """So that the host's time is no part of a call's. The more it takes, the more is overwritten first."""
+    event = lambda **options: SimpleNamespace(record=lambda: order.append("event"), elapsed_time=lambda last: 1.0)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    clock = rooms.timing.Clock(torch.device("cpu"), 0.0)
+    clock.rehearsal, clock._flush = False, SimpleNamespace(zero_=lambda: order.append("flush"))
+    for launch, least, most in ((0.0, 1, 5), (1e-3, 20, 50), (0.02, 50, 50)):
+        order: list[str] = []
+        clock.seconds(partial(time.sleep, launch), budget=0.0)
+        before = order.index("event")
+        assert least <= before <= most and order == (["flush"] * before + ["event"] * 2) * 3
+
+
 def test_goals_are_judged_as_stated(rooms, tmp_path):
     def row(work, case, contender, **figures):
         return {"work": work, "case": case, "contender": contender, "status": "ok", **figures}
@@ -127,3 +165,31 @@ def test_goals_are_judged_as_stated(rooms, tmp_path):
     assert "failed: x" in rooms.report.told(rows, [])
     if find_spec("matplotlib") is not None:
         assert any(path.name == "run_experts.svg" for path in rooms.report.draw(rows, tmp_path, "run"))
+
+
+def test_a_step_of_stock_ops_has_none_of_our_kernels(rooms, monkeypatch):
+    """Nor in its optimizer."""
+    asked = []
+    monkeypatch.setattr(rooms.step, "Zero1", lambda *arguments: asked.append(arguments[3:]) or SimpleNamespace(load=lambda fill: None))
+    for kernels in ("auto", "torch"):
+        rooms.step.Proxy(rooms.step.run_config(kernels, head=False, tiny=True), torch.device("cpu"))
+    assert asked == [("auto",), ("torch",)]
+
+
+def test_a_step_that_fails_leaves_routing_as_it_was(rooms, monkeypatch):
+    """Or the variants after it would be called real and be balanced."""
+    proxy = rooms.step.Proxy(rooms.step.run_config("torch", head=False, tiny=True), torch.device("cpu"))
+    before = [router.choose for router in rooms.step.routers(proxy.model)]
+    monkeypatch.setattr(proxy, "step", lambda update: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        proxy.measured(rooms.timing.Clock(torch.device("cpu"), time.monotonic() + 600), balanced=True, update=True)
+    assert before and [router.choose for router in rooms.step.routers(proxy.model)] == before
+
+
+def test_figures_are_kept_on_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import record
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    written = json.loads(record.write_result("figures", {"rows": [1]}, ("torch",), tmp_path).read_text())
+    assert written["rows"] == [1] and written["commit"] is None

@@ -10,7 +10,7 @@ from torch import nn
 from refractor_core.cli.main import main
 from refractor_core.parallel.layout import Layout
 from refractor_core.parallel.mesh import Mesh
-from refractor_core.planner import rehearsal
+from refractor_core.planner import measurement, rehearsal
 from refractor_core.planner.measurement import measured_step
 from refractor_core.planner.memory import load_for_plan, plan_memory
 from refractor_core.planner.rehearsal import Assumptions, rehearse
@@ -119,6 +119,16 @@ def test_earlier_pipeline_ranks_keep_more_micro_batches():
     assert found[1].activations - found[2].activations == 3 * stream + angles
     all_at_once = footprints(*split, "parallel.schedule=gpipe")
     assert all_at_once[2].activations > found[2].activations + 4 * stream
+
+
+def test_what_a_gpu_held_before_is_not_the_steps(monkeypatch):
+    """As in ``benchmarks/memory.py``, which keeps the steps of all its cases to time them in turn."""
+    held = [100]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held[-1])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: max(held))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(measurement, "_prepared", lambda *rank: held.append(130) or (lambda: held.append(150)))
+    assert measurement.measured_step(None, None, None, torch.device("cuda"))[0] == 50
 
 
 def _measured(rank, world, overrides, given):

@@ -67,8 +67,9 @@ _partials.register_autograd(_gradients, setup_context=_keep)
 def _refuse(x_TD: Tensor, w_VD: Tensor, label_T: Tensor, *, ignore: int = -1) -> str | None:
     """The tensor cores want 16 bits; the interpreter may have float32."""
     dtypes = (torch.bfloat16, torch.float16, *((torch.float32,) if backend.INTERPRETED else ()))
-    if not x_TD.shape[1] or x_TD.shape[1] % 8:
-        return f"x_TD has width {x_TD.shape[1]}, and TMA wants a multiple of 8"
+    step = 8 if backend.INTERPRETED else 16  # see ``experts``
+    if not x_TD.shape[1] or x_TD.shape[1] % step:
+        return f"x_TD has width {x_TD.shape[1]}, and configurations are for multiples of {step}"
     if not w_VD.is_contiguous():
         return "w_VD is not contiguous, as TMA wants it"
     return backend.refusal("x_TD", x_TD, dtypes, "head_sums")

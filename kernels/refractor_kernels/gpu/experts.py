@@ -139,8 +139,9 @@ def _refuse(
     dtypes = (torch.bfloat16, torch.float16, *((torch.float32,) if backend.INTERPRETED else ()))
     experts, width, hidden = w_down_EDF.shape
     refused = backend.refusal("x_TD", x_TD, dtypes, "sort_count", experts=experts) or tables.misfit("combine", top_k=index_TK.shape[1])
-    if refused is None and (not width or not hidden or width % 8 or hidden % 8):
-        return f"w_down_EDF has widths {width} and {hidden}, and TMA wants multiples of 8"
+    step = 8 if backend.INTERPRETED else 16  # TMA wants 8; but Triton would compile that anew, with narrow loads and kilobytes spilled
+    if refused is None and (not width or not hidden or width % step or hidden % step):
+        return f"w_down_EDF has widths {width} and {hidden}, and configurations are for multiples of {step}"
     if refused is None and index_TK.numel() >= 2**31:
         return f"there are {index_TK.numel()} pairs, and rows are counted in 32 bits"
     for name, weight in (("w_gate_up_EFD", w_gate_up_EGD), ("w_down_EDF", w_down_EDF)):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import refractor_kernels as rk
 from refractor_kernels import fakes
-from refractor_kernels.gpu import tables
+from refractor_kernels.gpu import backend, cross_entropy, tables
 from tests.kernels import oracles
 from tests.kernels.test_cross_entropy import problem
 
@@ -81,10 +81,20 @@ def test_large_logits_stay_finite_and_a_far_label_costs_what_it_should():
     torch.testing.assert_close(loss.double(), plain(1e4 * x.double(), w.double(), labels.clamp(min=0)), rtol=1e-5, atol=1e-2)
 
 
+def test_what_would_be_compiled_anew_is_refused(monkeypatch):
+    """A width that 16 does not divide: no configuration that was checked is of it."""
+    monkeypatch.setattr(backend, "refusal", lambda *arguments, **sizes: None)
+    eights, sixteens = (problem(4, 9, width, 0, torch.bfloat16) for width in (24, 32))
+    assert cross_entropy._refuse(*eights) is None
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert cross_entropy._refuse(*eights) == "x_TD has width 24, and configurations are for multiples of 16"
+    assert cross_entropy._refuse(*sixteens) is None
+
+
 def test_what_does_not_fit_is_explained():
     x, w, labels = problem(4, 9, 8, 0, torch.bfloat16)
     assert rk.explain("linear_cross_entropy", x, w, labels).startswith("linear_cross_entropy: triton")
-    assert "x_TD has width 7, and TMA wants a multiple of 8" in rk.explain("linear_cross_entropy", x[:, :7], w[:, :7], labels)
+    assert "x_TD has width 7, and configurations are for multiples of 8" in rk.explain("linear_cross_entropy", x[:, :7], w[:, :7], labels)
     turned = w.T.contiguous().T
     assert "w_VD is not contiguous" in rk.explain("linear_cross_entropy_partials", x, turned, labels)
     strided = torch.stack([x, x], dim=2)[:, :, 0]

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import refractor_kernels as rk
-from refractor_kernels.gpu import combine, experts, pairs
+from refractor_kernels.gpu import backend, combine, experts, pairs
 from tests.kernels import oracles
 from tests.kernels.test_experts import problem
 
@@ -116,11 +116,21 @@ def test_deferred_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(later[0](), plain[2:4]))
 
 
+def test_what_would_be_compiled_anew_is_refused(monkeypatch):
+    """Sizes that 16 does not divide: no configuration that was checked is of them."""
+    monkeypatch.setattr(backend, "refusal", lambda *arguments, **sizes: None)
+    eights, sixteens = (problem(4, 3, 2, width, 48, 0, dtype=torch.bfloat16) for width in (24, 32))
+    assert experts._refuse(*eights) is None
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert experts._refuse(*eights) == "w_down_EDF has widths 24 and 48, and configurations are for multiples of 16"
+    assert experts._refuse(*sixteens) is None
+
+
 def test_what_does_not_fit_is_explained():
     x, gate_up, down, indices, weights = problem(4, 3, 2, 8, 16, 0, dtype=torch.bfloat16)
     assert rk.explain("experts", x, gate_up, down, indices, weights).startswith("experts: triton")
     odd = problem(4, 3, 2, 7, 16, 0, dtype=torch.bfloat16)
-    assert "TMA wants multiples of 8" in rk.explain("experts", *odd)
+    assert "configurations are for multiples of 8" in rk.explain("experts", *odd)
     turned = gate_up.transpose(1, 2).contiguous().transpose(1, 2)
     assert "w_gate_up_EFD is not contiguous" in rk.explain("experts", x, turned, down, indices, weights)
     assert "experts=513" in rk.explain("experts", x, gate_up[:1].expand(513, -1, -1), down[:1].expand(513, -1, -1), indices, weights)
