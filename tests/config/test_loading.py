@@ -262,6 +262,13 @@ trees = st.recursive(
 changes = st.lists(st.tuples(st.sampled_from([".".join(path).replace("[]", ".0") for path, _, _ in walk(RunConfig)]), trees), max_size=4)
 
 
+def test_a_section_with_an_unknown_key_may_break_its_own_rule_too(write: Write, sound: dict) -> None:
+    """The rule is not asked while the key is there, and was when the rest of the document was looked at."""
+    with pytest.raises(ConfigError) as told:
+        load_run(write(sound), ["data.sources.0.path=x", "data.sources.0.readers=[text]", "run.steps=-1"])
+    assert {problem.key for problem in told.value.problems} == {"data.sources.0.path", "run.steps"}
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=st.dictionaries(st.sampled_from(KEYS), trees, max_size=6) | trees, changes=changes)
 def test_no_document_raises_anything_but_config_error(write: Write, sound: dict, tree: object, changes: list) -> None:
