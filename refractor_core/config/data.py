@@ -68,8 +68,8 @@ class DeduplicationConfig(Section):
     paragraphs: ParagraphConfig = ParagraphConfig()
     """Removal of repeated paragraphs."""
     alarm_share: float = Field(0.5, gt=0, le=1)
-    """A source that would lose a larger share of its documents as duplicates, and at least twice the share of the other sources, stops the
-    build. 1 never does."""
+    """A source that would lose a larger share of its documents as duplicates, to ``known`` datasets or for their repeated paragraphs, and
+    at least twice the share of the other sources, stops the build. 1 never does."""
     alarm_except: tuple[str, ...] = ()
     """Names of sources that may lose any share."""
     keep_sketches: bool = False

@@ -14,6 +14,8 @@ from typing import Literal
 from refractor_core.config.run import RunConfig
 from refractor_core.data.cleaning import Scorer
 from refractor_core.data.dataset import Dataset
+from refractor_core.data.decontamination.items import EvaluationItems
+from refractor_core.data.dedup.known import refuse_incomparable
 from refractor_core.data.folder import recover
 from refractor_core.data.manifest import MANIFEST, build_config, python_version
 from refractor_core.data.memory import Memory, readable, workers_within
@@ -100,6 +102,8 @@ def _pipeline(
     """The pipeline with its workers, in the work folder."""
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"data.dir = {config.data.dir!r}: holds something that is not a dataset; choose another directory or empty it")
+    refuse_incomparable(config.data.deduplication)
+    EvaluationItems(config.data.decontamination)  # refuses sets that are not there or cannot be read
     pool = _engine(config)
     parts = list_parts(config.data.sources)
     try:

@@ -312,8 +312,11 @@ def test_the_next_build_tidies_up_after_a_kill(tmp_path: Path, moment: str) -> N
 def test_a_source_that_gives_nothing_is_named_with_what_became_of_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no .*; 3 were found, .*: min_characters 3; loosen"):
         build(one_source(tmp_path, ["a", "b", "c"]))
-    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no document stays; 0 were found"):
+    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no .*; 1 were found, .*: unreadable_file 1; .*is empty"):
         build(one_source(tmp_path, []))
+    (tmp_path / "web.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"data.sources.0 \(source 'web'\): no document stays; 0 were found"):
+        build(run_config(tmp_path / "dataset", [{"name": "web", "kind": "jsonl", "path": str(tmp_path / "web.jsonl")}]))
     assert entries(tmp_path) == [WORK, "web.jsonl"]
 
 

@@ -31,13 +31,15 @@ def test_a_line_tells_how_far_how_fast_until_when_and_how_much(
 def test_every_stage_of_a_build_shows_its_progress(reference_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """To the end and no further, whatever an earlier stage took out."""
     notice = "\n\n" + "the same notice below every text " * 4
-    write_jsonl(tmp_path / "web.jsonl", [words(number % 55, 150) + notice for number in range(60)])
+    texts = [words(number % 55, 150) for number in range(60)] + [f"{words(number, 150)} end" for number in range(3)]
+    write_jsonl(tmp_path / "web.jsonl", [text + notice for text in texts])
     source = {"name": "web", "kind": "jsonl", "path": str(tmp_path / "web.jsonl")}
     changes = {"perplexity": {"min_documents": 20, "reference_bytes": reference_bytes}, "heldout_share": 0.2}
     changes["deduplication"] = {"paragraphs": {"min_documents": 3, "min_characters_left": 100}}
     build(run_config(tmp_path / "dataset", [source], **{f"data__{key}": value for key, value in changes.items()}))
     found = capsys.readouterr().err
-    stages = ["read", "exact", "bands", "paragraph-hashes", "perplexity-train", "perplexity-scores", "tokenizer", "tokenise", "assemble"]
+    stages = ["read", "exact", "bands", "compare", "paragraph-hashes", "shorten", "perplexity-train", "perplexity-scores"]
+    stages += ["tokenizer", "tokenise", "assemble"]
     lines = [re.findall(rf"{stage} *: +(\d+)%", found)[-1:] for stage in stages]
     assert lines == [["100"]] * len(stages), found
 

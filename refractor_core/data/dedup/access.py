@@ -1,6 +1,6 @@
 """What stages of deduplication ask of a build's corpus: texts by number in any process, order of priority, names for audit rows."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -67,6 +67,21 @@ def waves(pool: Engine, function: Callable[[Any, Watch], Any], tasks: Iterable[A
     tasks = iter(tasks)
     while wave := list(islice(tasks, pool.ahead)):
         yield from pool.map(function, wave, advance)
+
+
+def describer(corpus: Corpus, names: Sequence[str], texts: Texts) -> Callable[[int], str]:
+    """Says what a document is, for the alarm's message: path, source, first characters.
+
+    Args:
+        names: of the sources.
+    """
+
+    def describe(number: int) -> str:
+        segment, row = corpus.locate(number)
+        path = corpus.reader(segment).column("path")[row]
+        return f"{path} ({names[corpus.sources[segment]]}): {texts.beginning(number)[:80]!r}"
+
+    return describe
 
 
 def ids_of(corpus: Corpus) -> np.ndarray:

@@ -12,6 +12,7 @@ TIMES_OTHERS = 2
 """A share is unusual only if it is this many times that of the other sources together."""
 CLUSTERS, COPIES = 3, 3
 """Largest clusters that the message shows, and copies of each."""
+NONE = np.zeros(0, np.int64)
 
 
 def refuse_vanishing(
@@ -21,6 +22,7 @@ def refuse_vanishing(
     kept: np.ndarray,
     config: DeduplicationConfig,
     describe: Callable[[int], str],
+    known: np.ndarray = NONE,
 ) -> None:
     """Checks every source's share of removed documents.
 
@@ -30,11 +32,13 @@ def refuse_vanishing(
         removed: int64 [n], documents that would go.
         kept: int64 [n], those that would stay in their places.
         describe: says what a document is, for the message.
+        known: int64 [n], documents that would go besides, because other datasets have them.
 
     Raises:
         ValueError: some source loses more than ``alarm_share``, and much more than the others; says which, how much, and to what.
     """
-    total, lost = np.bincount(sources, minlength=len(names)), np.bincount(sources[removed], minlength=len(names))
+    total, elsewhere = np.bincount(sources, minlength=len(names)), np.bincount(sources[known], minlength=len(names))
+    lost = np.bincount(sources[removed], minlength=len(names)) + elsewhere
     lines = []
     for index, name in enumerate(names):
         if lost[index] < LEAST_REMOVED or name in config.alarm_except:
@@ -47,6 +51,7 @@ def refuse_vanishing(
                 f"source {name!r}: {lost[index]} of {total[index]} documents ({share:.1%}) are duplicates, "
                 f"against {others:.1%} in the other sources; data.deduplication.alarm_share = {config.alarm_share}. Largest clusters:",
                 *_clusters(removed[own], kept[own], describe),
+                *([f"  {elsewhere[index]} are in the datasets of data.deduplication.known"] if elsewhere[index] else []),
                 f"  if this is as it should be, add {name!r} to data.deduplication.alarm_except or raise alarm_share; "
                 f"else mend the source, or raise data.deduplication.threshold",
             ]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from refractor_core.data.dedup.records import RecordSorter, counted, shared, whole_groups
+from refractor_core.data.dedup.records import RECORD_BYTES, RecordSorter, Stored, counted, shared, whole_groups
 from refractor_core.data.pool import no_progress
 
 ALL_PAIRS = 32
@@ -110,7 +110,7 @@ def candidate_pairs(
     folder: Path,
     memory: int,
     advance: Callable[[int], object] = no_progress,
-) -> Iterator[np.ndarray]:
+) -> Stored:
     """uint64 [2, n] blocks of pairs (a, b), a < b, ascending and without repetition. All are found before this returns.
 
     Args:
@@ -133,7 +133,7 @@ def candidate_pairs(
         blocks = counted(whole_groups(keyed.sorted()), advance)
         for numbers, pairs in _found(blocks, signatures_of, least, int(np.ceil(ALIKE * permutations)), memory // 4):
             found.add(numbers[pairs[:, 0]], numbers[pairs[:, 1]])
-    return _distinct(found.sorted())
+    return Stored(folder / "distinct", _distinct(found.sorted()), max(memory // (16 * RECORD_BYTES), 1))
 
 
 def _found(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasketch import LeanMinHash, MinHashLSH, MinHashLSHBloom
 
+from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.dedup.search import WORDLESS
 from refractor_core.data.signatures import HASH_VERSION, NGRAM, SCHEME, SEED, shingles, signature
 
@@ -39,6 +40,19 @@ def write_sketches(folder: Path, ids: np.ndarray, signatures: Iterable[np.ndarra
     assert begin == len(ids)
     np.save(folder / IDS, ids)
     (folder / MEANING).write_text(json.dumps(_meaning(permutations)), encoding="utf-8")
+
+
+def refuse_incomparable(config: DeduplicationConfig) -> None:
+    """Looks whether ``known`` datasets can be compared with, before a build begins that would find out hours later.
+
+    Raises:
+        ValueError: one cannot; says which and why.
+    """
+    for place, dataset in enumerate(config.known):
+        try:
+            next(read_sketches(Path(dataset), config.bands * config.rows), None)
+        except ValueError as error:
+            raise ValueError(f"data.deduplication.known.{place}: {error}") from error
 
 
 def read_sketches(dataset: Path, permutations: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

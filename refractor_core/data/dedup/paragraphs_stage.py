@@ -11,7 +11,8 @@ from refractor_core.config.data import DataConfig, ParagraphConfig
 from refractor_core.data.audit import EXCERPT, AuditWriter, Removal
 from refractor_core.data.cleaning import AUDIT, REMOVED, Cleaning
 from refractor_core.data.corpus import ChangesWriter, Segment
-from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, texts_of, waves
+from refractor_core.data.dedup.access import Texts, describer, ids_of, named, ranks_of, sources_of, texts_of, waves
+from refractor_core.data.dedup.alarm import refuse_vanishing
 from refractor_core.data.dedup.paragraphs import hashes_of_documents, repeated, without
 from refractor_core.data.dedup.records import RecordSorter, whole_groups
 from refractor_core.data.pool import Watch
@@ -83,7 +84,7 @@ def _shorten(task: _ShortenTask, watch: Watch) -> list[_Change]:
             changes.append(_Change(number, characters, 1 - sizes[1] / sizes[0], shortened.keeper, first, sizes))
             if characters >= task.config.min_characters_left:
                 writer.add(number, shortened.text)
-    watch.advance(len(changes))
+    watch.advance(len(task.numbers))
     return changes
 
 
@@ -93,13 +94,17 @@ def remove_paragraphs(cleaning: Cleaning, folder: Path) -> None:
     ids = ids_of(cleaning.corpus)
     rank = ranks_of(cleaning, ids)
     pieces = cleaning.map("paragraph-hashes", _find)
-    losers = _losers(pieces, rank, config, scratch, cleaning.memory.room() // 4)
-    with stage_bar("shorten", None, "doc", cleaning.memory) as advance:
+    losers, total = _losers(pieces, rank, config, scratch, cleaning.memory.room() // 4)
+    with stage_bar("shorten", total, "par", cleaning.memory) as advance:
         tasks = _shorten_tasks(cleaning, losers, scratch / REPEATED, texts, folder)
         changes = [change for part in waves(cleaning.pool, _shorten, tasks, advance) for change in part]
     rmtree(scratch, ignore_errors=True)
-    gone = [change.number for change in changes if change.characters < config.min_characters_left]
-    np.save(folder / REMOVED, np.array(gone, np.int64))
+    gone = np.array([(change.number, change.keeper) for change in changes if change.characters < config.min_characters_left], np.int64)
+    removed, keepers = gone.reshape(-1, 2).T
+    names = [source.name for source in cleaning.config.sources]
+    told = describer(cleaning.corpus, names, texts)
+    refuse_vanishing(names, sources_of(cleaning.corpus), removed, keepers, cleaning.config.deduplication, told)
+    np.save(folder / REMOVED, removed)
     with AuditWriter(folder / AUDIT) as audit:
         numbers = np.array([change.number for change in changes], np.int64)
         for change, (number, name, path) in zip(changes, named(cleaning, numbers)):
@@ -112,11 +117,11 @@ def remove_paragraphs(cleaning: Cleaning, folder: Path) -> None:
                 audit.add(Removal(id, name, path, *told))
 
 
-def _losers(pieces: Sequence[Path], rank: np.ndarray, config: ParagraphConfig, scratch: Path, memory: int) -> RecordSorter:
-    """Records (number of a document, place in the file ``REPEATED`` of a paragraph that it loses)."""
+def _losers(pieces: Sequence[Path], rank: np.ndarray, config: ParagraphConfig, scratch: Path, memory: int) -> tuple[RecordSorter, int]:
+    """Records (number of a document, place in the file ``REPEATED`` of a paragraph that it loses), and how many they are."""
     found = ((hashes, rank[numbers.astype(np.int64)].astype(np.uint64)) for hashes, numbers in (np.load(piece / FOUND) for piece in pieces))
     order = np.argsort(rank)
-    losers, count = RecordSorter(scratch / "losers", memory), 0
+    losers, count, total = RecordSorter(scratch / "losers", memory), 0, 0
     with (scratch / REPEATED).open("wb") as stream:
         for ranks, hashes, keepers in repeated(found, config.min_documents, scratch, memory):
             new = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
@@ -124,8 +129,8 @@ def _losers(pieces: Sequence[Path], rank: np.ndarray, config: ParagraphConfig, s
             records["hash"], records["keeper"] = hashes[new], order[keepers[new].astype(np.int64)]
             stream.write(records.tobytes())
             losers.add(order[ranks.astype(np.int64)].astype(np.uint64), (count + np.cumsum(new) - 1).astype(np.uint64))
-            count += len(records)
-    return losers
+            count, total = count + len(records), total + len(ranks)
+    return losers, total
 
 
 def _shorten_tasks(cleaning: Cleaning, losers: RecordSorter, repeated: Path, texts: Texts, folder: Path) -> Iterator[_ShortenTask]:

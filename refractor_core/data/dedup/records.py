@@ -84,6 +84,29 @@ class RecordSorter:
         return np.ascontiguousarray(block)
 
 
+class Stored:
+    """Blocks of records in a file, so that how many there are is known before the first is taken.
+
+    Args:
+        path: of the file, which is gone once all were taken.
+        blocks: uint64 [2, n] each.
+        rows: records that are given together.
+    """
+
+    def __init__(self, path: Path, blocks: Iterable[np.ndarray], rows: int):
+        self._path, self._rows, self.count = path, rows, 0
+        with path.open("wb") as stream:
+            for block in blocks:
+                stream.write(np.ascontiguousarray(block.T).tobytes())
+                self.count += block.shape[1]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for first in range(0, self.count, self._rows):
+            found = np.fromfile(self._path, np.uint64, 2 * self._rows, offset=first * RECORD_BYTES)
+            yield np.ascontiguousarray(found.reshape(-1, 2).T)
+        self._path.unlink()
+
+
 def counted(blocks: Iterable[np.ndarray], advance: Callable[[int], object]) -> Iterator[np.ndarray]:
     """The blocks; tells how many records each had, once it is done with."""
     for block in blocks:

@@ -9,7 +9,7 @@ import numpy as np
 from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.dedup.candidates import candidate_pairs
 from refractor_core.data.dedup.clusters import Clusters, Duplicates
-from refractor_core.data.dedup.records import RecordSorter, counted, shared, whole_groups
+from refractor_core.data.dedup.records import RecordSorter, Stored, counted, shared, whole_groups
 from refractor_core.data.dedup.sketches import HASHES, SIGNATURES, Sketches
 from refractor_core.data.dedup.verify import blocks_of_pairs, verified
 from refractor_core.data.pool import no_progress
@@ -57,7 +57,7 @@ def similar_pairs(
     folder: Path,
     memory: int,
     advance: Callable[[int], object] = no_progress,
-) -> Iterator[np.ndarray]:
+) -> Stored:
     """Pairs of documents whose signatures agree: see ``candidate_pairs``.
 
     Args:
@@ -68,7 +68,7 @@ def similar_pairs(
 
 
 def near_duplicates(
-    pairs: Iterator[np.ndarray],
+    pairs: Iterable[np.ndarray],
     sizes: np.ndarray,
     text: Callable[[int], bytes],
     rank: np.ndarray,

@@ -1,6 +1,6 @@
 """The stage of a build that removes duplicates: the search over the sketches of all documents, the alarm, audit rows of what goes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -11,7 +11,7 @@ from refractor_core.config.data import DeduplicationConfig
 from refractor_core.data.audit import EXCERPT, AuditWriter, Removal
 from refractor_core.data.cleaning import AUDIT, REMOVED, Cleaning
 from refractor_core.data.corpus import Corpus
-from refractor_core.data.dedup.access import Texts, ids_of, named, ranks_of, sources_of, texts_of, waves
+from refractor_core.data.dedup.access import Texts, describer, ids_of, named, ranks_of, sources_of, texts_of, waves
 from refractor_core.data.dedup.alarm import refuse_vanishing
 from refractor_core.data.dedup.clusters import Duplicates
 from refractor_core.data.dedup.known import FOLDER, KnownDocuments, write_sketches
@@ -43,7 +43,7 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
         present[exact.removed] = False
         with stage_bar("bands", 2 * int(present.sum()) * config.bands, "band", cleaning.memory) as advance:
             pairs = similar_pairs(sketches, present, config, runs, cleaning.memory.room() // 2, advance)
-        with stage_bar("compare", None, "pair", cleaning.memory) as advance:
+        with stage_bar("compare", pairs.count, "pair", cleaning.memory) as advance:
 
             def run(_: Callable, blocks: Iterable[np.ndarray]) -> Iterator:
                 tasks = (_VerifyTask(pairs, texts, config.threshold) for pairs in blocks)
@@ -54,9 +54,13 @@ def remove_duplicates(cleaning: Cleaning, folder: Path) -> None:
     removed, kept = np.concatenate([exact.removed, near.removed]), np.concatenate([exact.kept, near.kept])
     stays = cleaning.kept.copy()
     stays[removed] = False
-    known = _known(sketches, stays, config) if config.known else []
+    known = []
+    if config.known:
+        with stage_bar("known", int(stays.sum()), "doc", cleaning.memory) as advance:
+            known = _known(sketches, stays, config, advance)
     names = [source.name for source in cleaning.config.sources]
-    refuse_vanishing(names, sources_of(corpus), removed, kept, config, _describer(corpus, names, texts))
+    elsewhere = np.array([number for number, _, _ in known], np.int64)
+    refuse_vanishing(names, sources_of(corpus), removed, kept, config, describer(corpus, names, texts), elsewhere)
     rows = [(gone, "exact", "normal_form", 1.0, None, int(ids[twin])) for gone, twin in zip(exact.removed.tolist(), exact.kept.tolist())]
     near_rows = zip(near.removed.tolist(), near.similarity.tolist(), near.kept.tolist())
     rows += [(gone, "near", "jaccard", value, config.threshold, int(ids[twin])) for gone, value, twin in near_rows]
@@ -72,19 +76,19 @@ def keep_sketches(cleaning: Cleaning, folder: Path) -> None:
     write_sketches(folder / FOLDER, ids_of(cleaning.corpus)[cleaning.kept], signatures, config.bands * config.rows)
 
 
-def _known(sketches: Sketches, stays: np.ndarray, config: DeduplicationConfig) -> list[tuple[int, float, int]]:
+def _known(
+    sketches: Sketches, stays: np.ndarray, config: DeduplicationConfig, advance: Callable[[int], object]
+) -> list[tuple[int, float, int]]:
     """(number, estimated similarity, id of the known document) of documents that other datasets have."""
     index, found = KnownDocuments(config.bands, config.rows), []
-    for place, dataset in enumerate(config.known):
-        try:
-            index.add_dataset(Path(dataset))
-        except ValueError as error:
-            raise ValueError(f"data.deduplication.known.{place}: {error}") from error
+    for dataset in config.known:
+        index.add_dataset(Path(dataset))
     for numbers, rows in sketches.batches(SIGNATURES):
         for place in np.flatnonzero(stays[numbers]).tolist():
             nearest = index.nearest(rows[place])
             if nearest is not None and nearest[1] >= config.threshold:
                 found.append((int(numbers[place]), nearest[1], nearest[0]))
+        advance(int(stays[numbers].sum()))
     return found
 
 
@@ -103,15 +107,6 @@ def _verify(task: _VerifyTask, watch: Watch) -> tuple[np.ndarray, np.ndarray]:
     found = verified(task.pairs, task.texts, task.threshold)
     watch.advance(task.pairs.shape[1])
     return found
-
-
-def _describer(corpus: Corpus, names: Sequence[str], texts: Texts) -> Callable[[int], str]:
-    def describe(number: int) -> str:
-        segment, row = corpus.locate(number)
-        path = corpus.reader(segment).column("path")[row]
-        return f"{path} ({names[corpus.sources[segment]]}): {texts.beginning(number)[:80]!r}"
-
-    return describe
 
 
 def excerpt(removed: bytes, kept: bytes) -> str:

@@ -4,7 +4,7 @@ Pairs are taken in blocks whose documents fit in memory. A block is a pure funct
 workers finds the same: within a block two documents that verified pairs connect already are not compared, between blocks nothing is known.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -16,7 +16,7 @@ BLOCK_BYTES = 16 << 20
 BLOCK_PAIRS = 65536
 
 
-def blocks_of_pairs(pairs: Iterator[np.ndarray], sizes: np.ndarray) -> Iterator[np.ndarray]:
+def blocks_of_pairs(pairs: Iterable[np.ndarray], sizes: np.ndarray) -> Iterator[np.ndarray]:
     """The pairs (uint64 [2, n] blocks in, the same out) in blocks that depend on the pairs and the sizes of their documents alone.
 
     Args:

@@ -69,6 +69,8 @@ def read_file(source: SourceConfig, file: SourceFile) -> Iterator[Document | Unr
         for item in _read(source, file):
             if isinstance(item, Document) and _has_surrogates(item.text):
                 yield Unreadable(source.name, item.path, "invalid_utf8", "the text holds a lone surrogate")
+            elif isinstance(item, Document) and "\0" in item.text:
+                yield Unreadable(source.name, item.path, "nul_character", f"the text holds NUL at character {item.text.index(chr(0))}")
             else:
                 yield item
     except SourceError:

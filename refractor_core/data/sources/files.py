@@ -122,8 +122,36 @@ def open_packed(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".zst":
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+        return io.BufferedReader(_Zstd(path))
     return path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file unpacked, to its last good byte: pyarrow's stream alone fails with all that it was asked for in one read."""
+
+    def __init__(self, path: Path):
+        self._path, self._told, self._step = path, 0, CHUNK
+        self._stream = self._opened()
+
+    def _opened(self) -> pyarrow.NativeFile:
+        return pyarrow.CompressedInputStream(pyarrow.OSFile(str(self._path)), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            found = self._stream.read(min(len(buffer), self._step))
+        except (OSError, pyarrow.ArrowException):
+            if self._step == 1:
+                raise
+            self._stream, self._step = self._opened(), 1  # what is left before the fault is less than a buffer
+            for first in range(0, self._told, CHUNK):
+                self._stream.read(min(CHUNK, self._told - first))
+            return self.readinto(buffer)
+        buffer[: len(found)] = found
+        self._told += len(found)
+        return len(found)
 
 
 def bounded_lines(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes | int]:

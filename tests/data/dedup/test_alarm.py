@@ -55,6 +55,37 @@ def test_a_build_stops_and_goes_on_when_it_is_told_to(tmp_path: Path) -> None:
     assert dataset.manifest.sources[1].removed == {"near": 30}
 
 
+def test_what_other_datasets_have_counts_as_lost():
+    sources = np.repeat(np.arange(3), 100)
+    removed, known = np.arange(100, 130), np.arange(130, 165)
+    check({1: 30})
+    with pytest.raises(ValueError, match=r"(?s)'mirror': 65 of 100 documents .*30 copies of 0.*35 are in the datasets of .*known"):
+        refuse_vanishing(NAMES, sources, removed, removed * 0, DeduplicationConfig(), str, known)
+
+
+@pytest.mark.parametrize("lost_to", ["known", "paragraphs"])
+def test_a_source_that_vanishes_otherwise_stops_the_build_too(tmp_path: Path, lost_to: str) -> None:
+    texts = [words(number, 60) for number in range(40)]
+    write_jsonl(tmp_path / "old.jsonl", texts)
+    write_jsonl(tmp_path / "books.jsonl", [words(400 + number, 60) for number in range(40)])
+    few = [f"{words(7, 90)}\n\n{number} words of its own" for number in range(40)]
+    write_jsonl(tmp_path / "mirror.jsonl", texts if lost_to == "known" else few)
+    sources = {name: {"name": name, "kind": "jsonl", "path": f"{tmp_path}/{name}.jsonl"} for name in ("old", "books", "mirror")}
+    deduplication: dict = {"paragraphs": {"min_documents": 3, "min_characters_left": 200}, "threshold": 1.0}
+    if lost_to == "known":
+        build(run_config(tmp_path / "known", [sources["old"]], data__deduplication={"keep_sketches": True}))
+        deduplication = {"known": [str(tmp_path / "known")]}
+    with pytest.raises(ValueError, match=r"(?s)source 'mirror': (40|39) of 40 documents .*add 'mirror' to data.deduplication.alarm_except"):
+        build(run_config(tmp_path / "dataset", [sources["books"], sources["mirror"]], data__deduplication=deduplication))
+    deduplication["alarm_except"] = ["mirror"]
+    config = run_config(tmp_path / "dataset", [sources["books"], sources["mirror"]], data__deduplication=deduplication)
+    if lost_to == "paragraphs":
+        assert build(config).manifest.sources[1].removed == {"remainder": 39}
+    else:
+        with pytest.raises(ValueError, match="mirror"):  # nothing is left of it
+            build(config)
+
+
 def test_unknown_signals_of_quality_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "web.jsonl", [words(number, 60) for number in range(5)])
     sources = [{"name": "web", "kind": "jsonl", "path": f"{tmp_path}/web.jsonl"}]

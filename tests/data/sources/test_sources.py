@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow
@@ -36,7 +37,7 @@ def zstd(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
 def test_text_is_read_plain_or_packed(tmp_path: Path, suffix: str, pack) -> None:
-    text = "Grüße\r\nan alle\x00 🎉\n"
+    text = "Grüße\r\nan alle\x01 🎉\n"
     (tmp_path / f"b.txt{suffix}").write_bytes(pack(text.encode()))
     (tmp_path / f"a.txt{suffix}").write_bytes(pack(b"\xef\xbb\xbfwith mark"))
     (tmp_path / f"folder.txt{suffix}").mkdir()
@@ -94,6 +95,28 @@ def test_a_truncated_archive_gives_its_good_lines_and_its_name(tmp_path: Path, s
     found = read(jsonl_source(path))
     assert (found[-1].path, found[-1].rule) == (path.as_posix(), "unreadable_file")
     assert len(found) > 100 and all(isinstance(item, Document) for item in found[:-1])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("fault", ["cut", "damaged"])
+def test_nothing_good_before_a_fault_is_lost(tmp_path: Path, suffix: str, fault: str) -> None:
+    """Few lines and many, in a frame of their own before the bad one."""
+    pack = {".gz": gzip.compress, ".zst": zstd}[suffix]
+    path = tmp_path / f"web.jsonl{suffix}"
+    for count in (1, 5, 4000):
+        lines = [json.dumps({"text": f"{number} words"}).encode() + b"\n" for number in range(count)]
+        last = pack("".join(random.Random(count).choices("abcdefgh", k=100_000)).encode())
+        path.write_bytes(pack(b"".join(lines)) + (last[:50] if fault == "cut" else last[:4] + b"\xff" * 50 + last[54:]))
+        *found, told = read(jsonl_source(path))
+        assert [item.text for item in found] == [f"{number} words" for number in range(count)]
+        assert (told.path, told.rule) == (path.as_posix(), "unreadable_file")
+
+
+def test_a_text_with_nul_is_told(tmp_path: Path) -> None:
+    (tmp_path / "web.jsonl").write_text('{"text": "good"}\n{"text": "a\\u0000b"}\n')
+    good, bad = read(jsonl_source(tmp_path / "web.jsonl"))
+    assert good.text == "good"
+    assert (bad.path, bad.rule, bad.detail) == (f"{tmp_path}/web.jsonl:2", "nul_character", "the text holds NUL at character 1")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -197,9 +220,9 @@ def stdlib(domain: str) -> tuple[dict[str, str], dict[str, str]]:
 
 def test_code_is_modules_without_tests_packages_and_settings(library: Path) -> None:
     texts, rules = stdlib("code")
-    assert set(texts) == {"module.py", "latin.py", "broken.py", "nul.py", "surrogate.py", "silent.py"}
+    assert set(texts) == {"module.py", "latin.py", "broken.py", "surrogate.py", "silent.py"}
     assert "Grüße" in texts["latin.py"]
-    assert rules == {"bad.py": "invalid_python"}
+    assert rules == {"bad.py": "invalid_python", "nul.py": "nul_character"}
 
 
 def test_prose_is_the_reference_docstrings_and_notes(library: Path) -> None:
