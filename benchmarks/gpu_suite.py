@@ -3,9 +3,14 @@
 Each kind of work runs in a process of its own, so that a peer that crashes takes its own room with it and no other. What is not installed,
 fails or runs out of time is told in the report. Peers go beside the project, never into it, for instance
 
-    pip install --target /elsewhere/peers --no-deps liger-kernel cut-cross-entropy      # pure Python
-    git clone https://github.com/shawntan/scattermoe /elsewhere/scattermoe              # add the clone to PYTHONPATH
-    pip install --target /elsewhere/peers --no-deps sonic-moe quack-kernels flash-attn-4 nvidia-cutlass-dsl apache-tvm-ffi
+    pip install --target /elsewhere/peers --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1      # pure Python
+    git clone https://github.com/shawntan/scattermoe /elsewhere/scattermoe                             # add the clone to PYTHONPATH
+    pip install --target /elsewhere/peers --no-deps sonic-moe==0.1.2.post1 flash-attn-4==4.0.0b9 quack-kernels==0.3.11 \\
+        torch-c-dlpack-ext==0.1.5
+    pip install --target /elsewhere/peers nvidia-cutlass-dsl==4.4.2 apache-tvm-ffi==0.1.9 einops 'numpy<2.4'   # what these stand on
+
+These versions go together: sonic-moe wants exactly that nvidia-cutlass-dsl (and Python 3.12), newer releases of flash-attn-4 a newer one.
+Their --no-deps keeps the PyTorch that is there: sonic-moe asks for one ≤ 2.9.1.
 
 usage: PYTHONPATH=.:kernels:/elsewhere/peers:/elsewhere/scattermoe python benchmarks/gpu_suite.py [--seconds 470] [--only experts head …]
        PYTHONPATH=.:kernels python benchmarks/gpu_suite.py --rehearse        on a CPU, tiny, in Triton's interpreter; figures mean nothing
@@ -122,7 +127,7 @@ def _write(rows: list[dict], args: argparse.Namespace, seconds: float) -> None:
         "rows": rows,
         "goals": report.goals(rows),
     }
-    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "sonic-moe", "flash-attn-4", "nvidia-cutlass-dsl")
+    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "sonic-moe", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
     record.write_result(stem, figures, packages, folder)
     report.draw(rows, folder, stem)
 
