@@ -250,3 +250,19 @@ def test_figures_are_kept_on_a_machine_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     written = json.loads(record.write_result("figures", {"rows": [1]}, ("torch",), tmp_path).read_text())
     assert written["rows"] == [1] and written["commit"] is None
+
+
+def test_figures_that_are_not_finite_are_null(monkeypatch, tmp_path):
+    """The error of a contender that makes NaN is infinite, and strict readers of JSON refuse that."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import record
+
+    def refuse(word):
+        raise ValueError(word)
+
+    figures = {"rows": [{"error": float("inf"), "spread_ms": (float("nan"), 1.5)}, {"status": "ok", "count": 3, "right": True}]}
+    text = record.write_result("figures", figures, (), tmp_path).read_text()
+    assert json.loads(text, parse_constant=refuse)["rows"] == [
+        {"error": None, "spread_ms": [None, 1.5]},
+        {"status": "ok", "count": 3, "right": True},
+    ]
