@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refractor_kernels.gpu import tables
+from refractor_kernels.gpu import backend, tables
 from refractor_kernels.gpu.attention_tiles import NOWHERE, rows, shipped, span, store_rows, strided
 
 
@@ -117,7 +117,8 @@ def attention_backward(
     """Gradients of q, k and v; ``wide``: in float32, else in their dtype."""
     q, k, v = strided(q_BSHD, k_BKGD, v_BKGE)
     (batch, queries, heads, width), (_, keys, groups, value_width) = q.shape, v.shape
-    grad, out, lse, first, last = (t.contiguous() for t in (grad_BSHE, out_BSHE, lse_BHS, first_BS, last_BS))
+    lse, first, last = (t.contiguous() for t in (lse_BHS, first_BS, last_BS))
+    grad, out = backend.for_tma(grad_BSHE), backend.for_tma(out_BSHE)  # not by TMA, but 16 bytes at a time
     dtype = torch.float32 if wide else q.dtype
     grad_q, grad_k, grad_v = (t.new_empty(t.shape, dtype=dtype) for t in (q, k, v))
     delta, sizes = torch.empty_like(lse), {"width": width, "value_width": value_width}

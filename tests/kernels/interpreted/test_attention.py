@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import refractor_kernels as rk
+from refractor_kernels.gpu import attention, backend
 from refractor_kernels.gpu.attention_tiles import strided
 from tests.kernels import oracles
 
@@ -73,8 +74,27 @@ def test_strided_inputs_are_read_where_they_lie():
 
 def test_rows_far_apart_are_brought_together():
     """Within a tile offsets are 32-bit."""
-    far, near = (torch.empty_strided((1, 3, 1, 16), (2**40, stride, 16, 1), device="meta") for stride in (2**23, 2**23 - 8))
-    assert [t.stride(1) for t in strided(far, near)] == [16, 2**23 - 8]
+    far, near = (torch.empty_strided((1, 3, 1, 16), (2**40, stride, 16, 1), device="meta") for stride in (2**23, 2**23 - 16))
+    assert [t.stride(1) for t in strided(far, near)] == [16, 2**23 - 16]
+
+
+@pytest.mark.parametrize(("joined", "start", "width"), [(24, 0, 24), (80, 0, 72), (64, 2, 32), (72, 0, 64), (70, 1, 40)])
+def test_what_would_be_compiled_anew_is_brought_into_the_form_that_was_checked(joined, start, width):
+    """Strides or an address that 16 does not divide."""
+    given = randn(0, 2, 7, 3, joined).float()[..., start : start + width]
+    (read,) = strided(given)
+    assert all(stride % 16 == 0 for stride in read.stride()[:3]) and read.stride(-1) == 1 and read.data_ptr() % 16 == 0
+    assert torch.equal(read, given) and (read is given) == (joined == 80)
+
+
+def test_widths_that_no_checked_form_holds_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "refusal", lambda *arguments, **sizes: None)
+    twenty, forty = torch.zeros(1, 3, 2, 20), torch.zeros(1, 3, 2, 40)
+    assert attention._refuse_spans(twenty, twenty, forty) is None
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert attention._refuse_spans(forty, forty, forty) is None
+    expected = "q has width 40, values have 20, and configurations are for multiples of 8"
+    assert attention._refuse_spans(forty, forty, twenty) == expected
 
 
 def test_the_choice_is_explained():
