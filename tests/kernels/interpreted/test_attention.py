@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import refractor_kernels as rk
-from refractor_kernels.gpu import attention, backend
+from refractor_kernels.gpu import attention, attention_backward, backend
 from refractor_kernels.gpu.attention_tiles import strided
 from tests.kernels import oracles
 
@@ -85,6 +87,35 @@ def test_what_would_be_compiled_anew_is_brought_into_the_form_that_was_checked(j
     (read,) = strided(given)
     assert all(stride % 16 == 0 for stride in read.stride()[:3]) and read.stride(-1) == 1 and read.data_ptr() % 16 == 0
     assert torch.equal(read, given) and (read is given) == (joined == 80)
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.found = max([self.found, *(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("queries", [1, 63, 700])
+def test_the_tiles_of_queries_that_see_a_tile_of_keys(queries):
+    """With spans in any order, and none of more than a byte for each pair of tiles: a row of a million tokens has 268 million."""
+    g = torch.Generator().manual_seed(queries)
+    first, last = (torch.randint(-9, 1509, (2, queries), generator=g) for _ in range(2))
+    last = torch.where(torch.rand(2, queries, generator=g) < 0.9, first, last)
+    with _Largest() as largest:
+        begin, end = attention_backward._query_tiles(first, last, 1500, 4, 2)
+    tiles = -(-queries // 4)
+    for row in range(2):
+        for tile in range(0, 750, 37):
+            sees = (first[row] < 2 * tile + 2) & (last[row] > 2 * tile) & (first[row] < last[row])
+            seen = [i for i in range(tiles) if sees[4 * i : 4 * i + 4].any()]
+            assert (int(begin[row, tile]), int(end[row, tile])) == ((seen[0], seen[-1] + 1) if seen else (0, 0))
+    assert begin.dtype == end.dtype == torch.int32 and begin.shape == (2, 750)
+    assert queries < 700 or largest.found <= 2 * 750 * tiles
 
 
 def test_widths_that_no_checked_form_holds_are_refused_on_a_gpu(monkeypatch):
