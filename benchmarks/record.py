@@ -1,6 +1,7 @@
 """Where measured figures go: ``benchmarks/results/<name>.json``, each with the machine, the versions, the commit and the command."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -9,6 +10,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from refractor_core.telemetry.machine import machine
 
@@ -18,7 +20,7 @@ _MEASURED = (".", ":!benchmarks/results", ":!runbooks")
 
 
 def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch", "numpy"), folder: Path = RESULTS) -> Path:
-    """Writes the figures and returns the file.
+    """Writes the figures and returns the file. What is not finite becomes null.
 
     Args:
         packages: whose versions matter to the figures.
@@ -33,8 +35,17 @@ def write_result(name: str, figures: dict, packages: tuple[str, ...] = ("torch",
     }
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    path.write_text(json.dumps(_strict(told), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _strict(told: Any) -> Any:
+    """With null for infinity and for what is not a number: JSON has neither, and strict readers refuse the file."""
+    if isinstance(told, dict):
+        return {key: _strict(value) for key, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [_strict(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told
 
 
 def occasion() -> dict:

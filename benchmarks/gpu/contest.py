@@ -13,6 +13,8 @@ from torch import Tensor
 from gpu.timing import Clock, failure
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
+KEPT = 0.1
+"""Of a case's time, for each contender that has yet to come."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Case:
     Args:
         inputs: makes the tensors on a device; of their floating ones, those in ``wanted`` get gradients.
         flops, moved: of the forward pass and of forward and backward; bytes for what memory bounds.
-        small: the case whose results are compared with float64; None: this one.
+        small: the case whose results are compared with float64; None: this one. Cases that have the same one are judged once.
+        share: of the room's time, beside those of the other cases.
     """
 
     work: str
@@ -33,6 +36,7 @@ class Case:
     moved: tuple[float, float] | None = None
     small: "Case | None" = None
     options: dict = field(default_factory=dict)
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -119,21 +123,35 @@ def measure(case: Case, contender: Contender, tensors: list, clock: Clock) -> di
 
 
 def contest(cases: list[Case], contenders: list[Contender], plain: Contender, clock: Clock, each: float = 40.0) -> list[dict]:
-    """A row for each case and contender. ``plain`` is also the oracle, in float64."""
-    rows = []
-    for case in cases:
+    """A row for each case and contender. ``plain`` is also the oracle, in float64.
+
+    Each case has its share of the time, whatever those before it took, and what they left over; within a case each contender. The first
+    case, in which most is compiled, has one share more.
+
+    Args:
+        each: the most seconds that a contender may take in a case.
+    """
+    rows, errors = [], {}
+    shares = [case.share + (i == 0) for i, case in enumerate(cases)]
+    for i, case in enumerate(cases):
         tensors = judge = None
-        for contender in (c for c in contenders if c.only(case)):
+        own = [contender for contender in contenders if contender.only(case)]
+        given = clock.left * shares[i] / sum(shares[i:])
+        others = clock.left - given
+        for place, contender in enumerate(own, 1):
             row = {"work": case.work, "case": case.name, "contender": contender.name, "status": "ok"}
             rows.append(row)
-            if clock.left < 2:
+            allowed = clock.left - others - KEPT * given * (len(own) - place)
+            if clock.left < 2 or allowed <= 0:
                 row["status"] = "left out: no time left"
                 continue
             try:
-                with clock.limit(min(each, clock.left)):
+                with clock.limit(min(each, allowed)):
                     small = case.small or case
-                    judge = judge or Judge(plain, small, clock.device)
-                    row["error"] = judge(contender, small)
+                    if (id(small), contender.name) not in errors:
+                        judge = judge or Judge(plain, small, clock.device)
+                        errors[id(small), contender.name] = judge(contender, small)
+                    row["error"] = errors[id(small), contender.name]
                     if tensors is None:
                         tensors = case.inputs(clock.device)
                     row |= measure(case, contender, tensors, clock)

@@ -100,11 +100,11 @@ def in_turn(tensors: list) -> list:
 PLAIN = Contender("torch reference", partial(ours, "torch"))
 CONTENDERS = [
     Contender("ours", partial(ours, "triton")),
-    PLAIN,
     Contender("grouped_mm", grouped_mm),
     Contender("ScatterMoE", scattermoe),
     Contender("liger", liger),
     Contender("SonicMoE", sonic, prepare=in_turn),
+    PLAIN,
 ]
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -24,9 +25,9 @@ def rooms(monkeypatch):
     if find_spec("triton") is None:
         missing(HOW_TO_GET)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu import contest, head, report, rows, step, timing
+    from gpu import attention, contest, head, report, rows, step, timing
 
-    return SimpleNamespace(contest=contest, head=head, report=report, rows=rows, step=step, timing=timing)
+    return SimpleNamespace(attention=attention, contest=contest, head=head, report=report, rows=rows, step=step, timing=timing)
 
 
 def rehearse(folder, *only: str) -> tuple[subprocess.CompletedProcess, dict]:
@@ -92,6 +93,62 @@ def test_what_is_wrong_failing_absent_or_slow_is_told_and_ends_nothing(rooms):
     assert row["status"].startswith("left out: took more than")
     clock.deadline = 0.0
     assert rooms.contest.contest([case], contenders[:1], contenders[0], clock)[0]["status"] == "left out: no time left"
+
+
+def test_no_case_and_no_contender_takes_the_time_of_the_others(rooms, monkeypatch):
+    """Here one takes all that it may in each case, at first for ever more than there is."""
+    now, spent, built = [0.0], [], []
+    monkeypatch.setattr(rooms.timing, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+    clock = rooms.timing.Clock(torch.device("cpu"), 60.0)
+
+    @contextmanager
+    def limit(seconds):
+        spent.append(seconds)
+        yield
+
+    monkeypatch.setattr(clock, "limit", limit)
+
+    def greedy(case):
+        now[0] += spent[-1]
+        raise rooms.timing.OutOfTime("took all")
+
+    def quick(name, case):
+        built.append((name, case.name))
+        return lambda x: x.square()
+
+    same = rooms.contest.Case("squares", "small", lambda device: [torch.randn(5).bfloat16()], (0,))
+    cases = [rooms.contest.Case("squares", str(n), same.inputs, (0,), small=same, share=share) for n, share in enumerate((1.0, 1.0, 2.0))]
+    contenders = [rooms.contest.Contender("greedy", greedy)] + [rooms.contest.Contender(n, partial(quick, n)) for n in ("a", "b")]
+    found = rooms.contest.contest(cases, contenders, contenders[1], clock)
+    assert [row["status"] for row in found] == ["left out: took all", "ok", "ok"] * 3
+    assert spent[0] == pytest.approx(0.8 * 60 * 2 / 5) and now[0] < 60
+    assert [name for name, case in built if case == "small"].count("b") == 1  # judged once for all cases
+
+
+def test_what_decides_a_goal_comes_before_what_does_not(rooms):
+    """Each length once, FlexAttention for packed documents only, the oracle last."""
+    cases = rooms.attention.cases(SimpleNamespace(rehearsal=False))
+    names = [case.name for case in cases]
+    assert names == ["2048", "4096", "8192", "16384", "32768", "131072", "8192 packed", "32768 packed", "131072 packed"]
+    of = {case.name: [c.name for c in rooms.attention.CONTENDERS if c.only(case)] for case in cases}
+    assert of["131072"] == ["auto", "ours", "SDPA cuDNN", "SDPA flash", "FlashAttention 4"]
+    assert of["131072 packed"] == ["auto", "ours", "FlexAttention", "FlashAttention 4", "torch reference"]
+    exact = [c.name not in rooms.report.INEXACT for c in rooms.head.CONTENDERS[:-1]]
+    assert exact == sorted(exact, reverse=True)
+
+
+def test_imports_count(monkeypatch, tmp_path):
+    """A room's time is from the start of its process."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_suite
+    from gpu import rows
+
+    clocks = []
+    monkeypatch.setattr(rows, "run", lambda clock: clocks.append(clock) or [])
+    monkeypatch.setattr(gpu_suite, "BEGUN", time.monotonic() - 100)
+    monkeypatch.setattr("tests.kernels.interpreted.bfloat16.install", lambda: None)
+    gpu_suite._room(SimpleNamespace(room="rows", rehearse=True, seconds=90.0, file=tmp_path / "rows.json"))
+    assert clocks[0].left < 0 and (tmp_path / "rows.json").read_text() == "[]"
 
 
 def test_gradients_that_are_small_are_judged_too(rooms):
@@ -193,3 +250,19 @@ def test_figures_are_kept_on_a_machine_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     written = json.loads(record.write_result("figures", {"rows": [1]}, ("torch",), tmp_path).read_text())
     assert written["rows"] == [1] and written["commit"] is None
+
+
+def test_figures_that_are_not_finite_are_null(monkeypatch, tmp_path):
+    """The error of a contender that makes NaN is infinite, and strict readers of JSON refuse that."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import record
+
+    def refuse(word):
+        raise ValueError(word)
+
+    figures = {"rows": [{"error": float("inf"), "spread_ms": (float("nan"), 1.5)}, {"status": "ok", "count": 3, "right": True}]}
+    text = record.write_result("figures", figures, (), tmp_path).read_text()
+    assert json.loads(text, parse_constant=refuse)["rows"] == [
+        {"error": None, "spread_ms": [None, 1.5]},
+        {"status": "ok", "count": 3, "right": True},
+    ]

@@ -104,6 +104,28 @@ def test_a_pointer_that_is_read_narrowly_fails():
     assert done.stdout == "nothing less than 16 bytes at a time: x_RD, y_RD\n", done.stdout + done.stderr
 
 
+def test_sizes_beside_the_tables_compile_well_or_are_narrow_only():
+    """Heads of a width between the tables', and columns that 16 does not divide: outside of the record, and launched all the same."""
+    if find_spec("triton") is None:
+        missing(HOW_TO_GET)
+    program = (
+        "from dataclasses import replace; from refractor_kernels import hopper_check as h; from refractor_kernels.gpu import tables\n"
+        "shipped = {s.table: s for s in h.everything()}\n"
+        "def problem(name, types={}, constants={}, **sizes):\n"
+        "    given = shipped[name].variants[0]\n"
+        "    variant = replace(given, types=given.types | types, constants=given.constants | constants)\n"
+        "    return h.examine(shipped[name], variant, tables.choose(name, **sizes)).problem\n"
+        "for name in ('attention_forward', 'attention_backward_queries', 'attention_backward_keys'):\n"
+        "    print(problem(name, constants={'REAL_D': 72, 'REAL_E': 72}, width=72, value_width=72))\n"
+        "print(problem('rms_norm_backward', types={'columns': 'i32'}, columns=8191))\n"
+        "print(problem('rotary', types=dict.fromkeys(('angles', 'token_stride', 'head_stride'), 'i32'), angles=36))"
+    )
+    done = python("-c", program)
+    *attention, norm, rotary = done.stdout.split("\n")[:-1]
+    assert attention == [""] * 3, done.stdout + done.stderr
+    assert all(told.startswith("less than 16 bytes at a time") for told in (norm, rotary)), done.stdout
+
+
 def test_every_exception_is_made_use_of():
     """Whoever makes a pointer's accesses wide takes its exception away. Modes of a kernel share a list, and some read less than others."""
     if find_spec("triton") is None:

@@ -125,6 +125,9 @@ def _refuse_spans(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **optio
         return (
             f"q has {q.shape[0]} × {q.shape[2]} heads of width {width}, values have {value_width}; expected 1 to 65,535 heads, none empty"
         )
+    step = 1 if backend.INTERPRETED else 8  # below it rows are not read 16 bytes at a time
+    if width % step or value_width % step:
+        return f"q has width {width}, values have {value_width}, and configurations are for multiples of {step}"
     return backend.refusal("q", q, dtypes, "attention_forward", width=width, value_width=value_width)
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refractor_kernels.gpu import tables
+from refractor_kernels.gpu import backend, tables
 from refractor_kernels.gpu.attention_tiles import NOWHERE, rows, shipped, span, store_rows, strided
 
 
@@ -97,16 +97,19 @@ def _backward_keys(
 
 
 def _query_tiles(first_BS: Tensor, last_BS: Tensor, keys: int, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-    """For each tile of keys the tiles of queries from the first to one past the last that sees any of it: int32 [B, tiles of keys]."""
+    """For each tile of keys the tiles of queries from the first to one past the last that sees any of it: int32 [B, tiles of keys].
+
+    Holds two bytes for each pair of tiles: 0.5 GB for a row of 2²⁰ queries and keys with tiles of 32 and 128.
+    """
     spare, hidden = (0, -first_BS.shape[1] % block_m), first_BS >= last_BS
     low = torch.nn.functional.pad(first_BS.masked_fill(hidden, 2**40), spare, value=2**40).unflatten(1, (-1, block_m)).amin(2)
     high = torch.nn.functional.pad(last_BS.masked_fill(hidden, -1), spare, value=-1).unflatten(1, (-1, block_m)).amax(2)
     start = torch.arange(0, keys, block_n, device=first_BS.device).unsqueeze(1)
-    seen_BTQ = (low.unsqueeze(1) < start + block_n) & (high.unsqueeze(1) > start)
-    number = torch.arange(low.shape[1], device=first_BS.device)
-    end = torch.where(seen_BTQ, number + 1, 0).amax(2)
-    begin = torch.where(seen_BTQ, number, low.shape[1]).amin(2)
-    return torch.minimum(begin, end).to(torch.int32), end.to(torch.int32)
+    seen_BTQ = low.unsqueeze(1) < start + block_n
+    seen_BTQ &= high.unsqueeze(1) > start
+    seen_BTQ, any_BT = seen_BTQ.view(torch.uint8), seen_BTQ.any(2)  # of two maxima argmax takes the first
+    end = (low.shape[1] - seen_BTQ.flip(2).argmax(2)).where(any_BT, 0)
+    return seen_BTQ.argmax(2).to(torch.int32), end.to(torch.int32)
 
 
 @torch.library.custom_op("refractor::attention_backward", mutates_args=())
@@ -117,7 +120,8 @@ def attention_backward(
     """Gradients of q, k and v; ``wide``: in float32, else in their dtype."""
     q, k, v = strided(q_BSHD, k_BKGD, v_BKGE)
     (batch, queries, heads, width), (_, keys, groups, value_width) = q.shape, v.shape
-    grad, out, lse, first, last = (t.contiguous() for t in (grad_BSHE, out_BSHE, lse_BHS, first_BS, last_BS))
+    lse, first, last = (t.contiguous() for t in (lse_BHS, first_BS, last_BS))
+    grad, out = backend.for_tma(grad_BSHE), backend.for_tma(out_BSHE)  # not by TMA, but 16 bytes at a time
     dtype = torch.float32 if wide else q.dtype
     grad_q, grad_k, grad_v = (t.new_empty(t.shape, dtype=dtype) for t in (q, k, v))
     delta, sizes = torch.empty_like(lse), {"width": width, "value_width": value_width}

@@ -40,8 +40,19 @@ def span(first_BS, last_BS, at, real, keys):
 
 
 def strided(*tensors: Tensor) -> list[Tensor]:
-    """Any strides will do, as long as the elements of a head are neighbours and the rows of a tile within 2³¹ elements."""
-    return [t if t.stride(-1) == 1 and t.stride(1) < FARTHEST else t.contiguous() for t in tensors]
+    """Strides and addresses that 16 divides will do, as long as the elements of a head are neighbours and the rows of a tile within 2³¹
+    elements. Others are copied, each head's row to a multiple of 16: Triton would compile them anew, to read single elements and spill."""
+    return [t if _as_compiled(t) else _spread(t) for t in tensors]
+
+
+def _as_compiled(t: Tensor) -> bool:
+    apart = all(stride % 16 == 0 for stride in t.stride()[:3])
+    return t.stride(-1) == 1 and t.stride(1) < FARTHEST and apart and t.data_ptr() % 16 == 0
+
+
+def _spread(t: Tensor) -> Tensor:
+    *sizes, width = t.shape
+    return t.new_empty(*sizes, -(-width // 16) * 16)[..., :width].copy_(t)
 
 
 def shipped(table: str, kernel, outputs: tuple[str, ...]) -> Shipped:

@@ -139,6 +139,8 @@ def _refuse(
     dtypes = (torch.bfloat16, torch.float16, *((torch.float32,) if backend.INTERPRETED else ()))
     experts, width, hidden = w_down_EDF.shape
     refused = backend.refusal("x_TD", x_TD, dtypes, "sort_count", experts=experts) or tables.misfit("combine", top_k=index_TK.shape[1])
+    if refused is None and not experts:
+        return "w_down_EDF has no experts"
     step = 8 if backend.INTERPRETED else 16  # TMA wants 8; but Triton would compile that anew, with narrow loads and kilobytes spilled
     if refused is None and (not width or not hidden or width % step or hidden % step):
         return f"w_down_EDF has widths {width} and {hidden}, and configurations are for multiples of {step}"

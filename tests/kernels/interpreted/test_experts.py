@@ -126,6 +126,16 @@ def test_what_would_be_compiled_anew_is_refused(monkeypatch):
     assert experts._refuse(*sixteens) is None
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_without_experts_the_reference_drops_all(tokens):
+    x, up, down = (torch.randn(shape).bfloat16() for shape in ((tokens, 32), (0, 64, 32), (0, 32, 32)))
+    given = (x, up, down, torch.full((tokens, 2), -1), torch.zeros(tokens, 2))
+    assert rk.explain("experts", *given) == "experts: torch (not triton: w_down_EDF has no experts)"
+    assert torch.equal(rk.experts(*given), torch.zeros_like(x))
+    with pytest.raises(ValueError, match="w_down_EDF has no experts"):
+        rk.experts(*given, backend="triton")
+
+
 def test_what_does_not_fit_is_explained():
     x, gate_up, down, indices, weights = problem(4, 3, 2, 8, 16, 0, dtype=torch.bfloat16)
     assert rk.explain("experts", x, gate_up, down, indices, weights).startswith("experts: triton")
