@@ -108,7 +108,7 @@ def _leave(code: int) -> NoReturn:
     """Ends the process; one of torchrun's ranks without taking the interpreter apart.
 
     Gloo's threads may hold the last tensor of a collective. Freeing it asks for the interpreter's lock, and where that is not to be had any
-    more the process aborts: a run that is saved and done would be told as failed (pytorch/pytorch#179291, #190489).
+    more the process aborts: torchrun would report the failure of a run that is saved and done (pytorch/pytorch#179291, #190489).
     """
     if "RANK" in os.environ:
         sys.stdout.flush()

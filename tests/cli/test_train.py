@@ -53,7 +53,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_any_rank_starts(
 
 
 def test_what_breaks_while_python_is_taken_apart_is_not_the_runs(tmp_path):
-    """Gloo's threads abort there once in some thousand exits; here every rank would."""
+    """One of gloo's threads was seen to abort there, once; here every rank would."""
     folder = tiny.prepare(tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(tiny.document(folder, run__steps=3)))

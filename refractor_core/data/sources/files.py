@@ -145,7 +145,7 @@ class _Zstd(io.RawIOBase):
         except (OSError, pyarrow.ArrowException):
             if self._step == 1:
                 raise
-            self._stream, self._step = self._opened(), 1  # what is left before the fault is less than a buffer
+            self._stream, self._step = self._opened(), 1  # less than a step is left before the fault
             for first in range(0, self._told, CHUNK):
                 self._stream.read(min(CHUNK, self._told - first))
             return self.readinto(buffer)
